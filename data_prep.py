@@ -1,0 +1,247 @@
+"""Everything that dipr1.py reads, made here: scenes, a tiny checkpoint, and real annotations as one JSONL.
+
+    python data_prep.py synthetic  --out data/synthetic --images 2000 --seed 0     crowds drawn by Pillow
+    python data_prep.py tiny       --out data/tiny                                 a random Qwen2.5-VL of 1M parameters
+    python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl real crowds, from the official files
+
+One line of the JSONL is one image, in pixels of the original image, boxes as x1, y1, x2, y2:
+
+    {"image": path relative to the file, "width": W, "height": H, "target": "person", "boxes": [...], "ignore": [...]}
+
+`ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to annotate).
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+from scipy.ndimage import gaussian_filter1d
+from tqdm import tqdm
+
+
+def write_jsonl(path, records):
+    """Write the records beside `path` and rename: a reader sees the old file or the whole new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    os.replace(beside, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic crowds: people who occlude each other, before a street that is not flat
+
+
+OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # a pixel belongs to a figure where it is more there than not
+
+
+def random_color(rng, low=20, high=235):
+    return tuple(int(c) for c in rng.integers(low, high, 3))
+
+
+def draw_person(rng, height):
+    """One standing or walking person, `height` pixels from crown to sole, on a transparent layer cut to its outline.
+
+    Drawn twice too large and scaled down, so that limbs a pixel wide stay smooth.
+    """
+    h = 2 * height
+    layer = Image.new("RGBA", (h, h))
+    pen = ImageDraw.Draw(layer)
+    skin = tuple(int(c) for c in np.array([236, 188, 150]) * rng.uniform(0.35, 1.0))
+    shirt, trousers, hair = random_color(rng), random_color(rng, 10, 140), random_color(rng, 5, 90)
+    head, shoulder, lean = 0.13 * h, h * rng.uniform(0.09, 0.13), h * rng.uniform(-0.03, 0.03)
+    middle, hip, neck = h / 2, 0.52 * h, 0.14 * h
+    stride, swing = h * rng.uniform(0.02, 0.12), h * rng.uniform(0.02, 0.12)
+
+    for side in (-1, 1):  # legs, then arms, one a side
+        foot = (middle + side * stride, h - 1)
+        pen.line([(middle + side * 0.04 * h, hip), foot], fill=trousers, width=max(3, int(0.075 * h)))
+        hand = (middle + lean + side * (shoulder + swing), 0.45 * h)
+        pen.line([(middle + lean + side * shoulder, 0.2 * h), hand], fill=shirt, width=max(3, int(0.055 * h)))
+    if rng.random() < 0.3:  # a coat or a skirt
+        pen.polygon([(middle - shoulder, 0.4 * h), (middle + shoulder, 0.4 * h),
+                     (middle + 1.3 * shoulder, 0.72 * h), (middle - 1.3 * shoulder, 0.72 * h)], fill=shirt)
+    pen.rounded_rectangle([middle + lean - shoulder, neck, middle + lean + shoulder, hip + 0.03 * h], 0.05 * h, fill=shirt)
+    x = middle + 1.3 * lean
+    pen.ellipse([x - head / 2, 0, x + head / 2, 1.15 * head], fill=skin)
+    pen.pieslice([x - head / 2, 0, x + head / 2, 1.15 * head], 180, 360, fill=hair)
+
+    layer = layer.reduce(2)
+    return layer.crop(layer.getchannel("A").point(OPAQUE).getbbox())
+
+
+def draw_street(rng, size):
+    """A background with texture: a wall with windows, a pavement, and blotches over both."""
+    street = Image.new("RGB", (size, size), random_color(rng, 90, 220))
+    pen = ImageDraw.Draw(street)
+    horizon, window = int(size * rng.uniform(0.25, 0.45)), random_color(rng, 40, 160)
+    for x in range(int(rng.integers(0, 12)), size, int(rng.integers(14, 26))):
+        pen.rectangle([x, 0.25 * horizon, x + 7, 0.6 * horizon], fill=window)
+    pen.rectangle([0, horizon, size, size], fill=random_color(rng, 70, 190))
+    for y in np.geomspace(max(horizon, 1), size, 5)[1:-1]:
+        pen.line([0, y, size, y], fill=random_color(rng, 60, 160))
+    blotches = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8), dtype=np.uint8)).resize(street.size)
+    return Image.blend(street, blotches.convert("RGB"), 0.2), horizon
+
+
+def draw_distractor(rng, scene):
+    """Upright or person-coloured things that are nobody: a lamp post or a bag left behind."""
+    pen, size = ImageDraw.Draw(scene), scene.width
+    x, y, color = int(rng.integers(0, size)), int(rng.integers(size // 2, size)), random_color(rng, 10, 200)
+    if rng.random() < 0.5:
+        pen.line([x, y - size // 2, x, y], fill=color, width=2)
+        pen.ellipse([x - 3, y - size // 2 - 3, x + 3, y - size // 2 + 3], fill=(250, 240, 190))
+    else:
+        pen.rounded_rectangle([x, y, x + 9, y + 7], 2, fill=color)
+        pen.arc([x + 2, y - 4, x + 7, y + 4], 180, 360, fill=color)
+
+
+def overlap(a, b):
+    """IoU of two boxes."""
+    inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
+
+
+def place_people(rng, size, horizon):
+    """Figures with their boxes, back to front: one to three clusters, and nearer people larger (perspective)."""
+    centers = rng.uniform(0.15 * size, 0.85 * size, rng.integers(1, 4))
+    figures = []
+    for _ in range(rng.integers(2, 7)):
+        sole = int(rng.uniform(horizon + 0.2 * size, size))
+        height = int((0.26 + 0.42 * (sole - horizon) / (size - horizon)) * size * rng.uniform(0.85, 1.1))
+        figure = draw_person(rng, height)
+        left = int(rng.choice(centers) + rng.normal(0, 0.13 * size) - figure.width / 2)
+        left, top = min(max(left, 0), size - figure.width), max(sole - figure.height, 0)
+        box = [left, top, left + figure.width, top + figure.height]
+        if all(overlap(box, other) < 0.4 for _, other in figures):  # nobody stands inside somebody else
+            figures.append((figure, box))
+    return sorted(figures, key=lambda item: item[1][3])
+
+
+def draw_scene(rng, size):
+    """A street with up to six people: (image, boxes, ignore). Whoever is less than a fifth visible is an ignore region."""
+    scene, horizon = draw_street(rng, size)
+    for _ in range(rng.integers(0, 3)):
+        draw_distractor(rng, scene)
+    figures, areas, owner = place_people(rng, size, horizon), [], np.zeros((size, size), int)
+    for number, (figure, (x1, y1, x2, y2)) in enumerate(figures, 1):
+        scene.paste(figure, (x1, y1), figure)
+        outline = np.array(figure.getchannel("A").point(OPAQUE), bool)
+        owner[y1:y2, x1:x2][outline] = number
+        areas.append(outline.sum())
+    boxes, ignore = [], []
+    for number, (area, (_, box)) in enumerate(zip(areas, figures), 1):
+        (boxes if (owner == number).sum() >= 0.2 * area else ignore).append(box)
+    return scene, boxes, ignore
+
+
+def save_scene(job):
+    """Draw scene `number` of `seed` (its own generator: the scene depends on nothing else) and save it."""
+    folder, seed, number, size = job
+    scene, boxes, ignore = draw_scene(np.random.default_rng([seed, number]), size)
+    name = f"images/{number:06d}.png"
+    scene.save(folder / name, compress_level=1)
+    return {"image": name, "width": size, "height": size, "target": "person", "boxes": boxes, "ignore": ignore}
+
+
+def synthetic(out, images, seed, size=112, val=None):
+    """Draw `images` scenes into `out`: train.jsonl, and the last `val` of them (default a tenth) into val.jsonl."""
+    out = Path(out)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    val = max(1, images // 10) if val is None else val
+    jobs = [(out, seed, number, size) for number in range(images)]
+    with Pool() as pool:
+        records = list(tqdm(pool.imap(save_scene, jobs, chunksize=64), "drawing scenes", len(jobs)))
+    write_jsonl(out / "train.jsonl", records[: images - val])
+    write_jsonl(out / "val.jsonl", records[images - val :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tiny checkpoint: every part of a Qwen2.5-VL folder, at a size that learns on a laptop
+
+QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
+
+QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered pictures
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(size):
+    """256 bytes, so that any text can be written, and one token for whatever DIP-R1's template writes often.
+
+    The prompt's fixed sentences are a token each, and so is a number with the comma after it: a box costs 5 tokens
+    (the real tokenizer spends 15 to 35). Short sequences are what makes the demo quick.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from dipr1 import CHAT, QUESTION
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768)
+    sentences = [line for text in (CHAT, QUESTION) for line in re.split(r"<\|.*?\|>|\{.*?\}", text) if len(line) > 1]
+    tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
+    numbers = [f"{number}{comma}" for number in range(size + 1) for comma in ("", ", ")]
+    tokenizer.add_tokens(sentences + tags + numbers + ["[[", "], [", "]]", "[]", "person", " people, ", " overlap"])
+    tokenizer.chat_template = QWEN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def smooth_numbers(embeddings, tokenizer, size, rng):
+    """Start neighbouring numbers as neighbours: a random walk, smoothed over a few pixels, through embedding space.
+
+    A pretrained model knows that 41 is close to 42. Without that, the demo would spend its minutes on learning it.
+    """
+    import torch
+
+    walk = gaussian_filter1d(rng.standard_normal((size + 1, embeddings.shape[1])), sigma=3, axis=0)
+    walk *= embeddings.std().item() / walk.std()
+    for comma in ("", ", "):
+        ids = tokenizer.convert_tokens_to_ids([f"{number}{comma}" for number in range(size + 1)])
+        with torch.no_grad():
+            embeddings[ids] = 0.3 * embeddings[ids] + torch.from_numpy(walk).to(embeddings)
+
+
+def tiny(out, seed=0, size=112):
+    """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+    tokenizer = tiny_tokenizer(size)
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768,
+                         rope_parameters=dict(rope_type="default", rope_theta=10.0, mrope_section=[4, 6, 6]),
+                         initializer_range=0.05, bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
+                         pad_token_id=token("<|endoftext|>"), tie_word_embeddings=True),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+                           fullatt_block_indexes=[1], initializer_range=0.05),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    smooth_numbers(model.get_input_embeddings().weight, tokenizer, size, np.random.default_rng(seed))
+    model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]  # two, as Qwen's
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    Qwen2VLImageProcessorPil().save_pretrained(out)
+    return model

@@ -1,0 +1,1195 @@
+"""DIP-R1: reinforcement learning that teaches Qwen2.5-VL to see individuals in a crowd (arXiv 2505.23179).
+
+    for each prompt q (an image and a question):
+        o_1 .. o_G  ~  pi(. | q)                    a group of completions: <think> <look> <answer>
+        r_i  =  w_f format + w_l look + w_a accuracy           three rewards by rule, no learned judge
+        A_i  =  (r_i - mean r) / (std r + 1e-4)                better or worse than its siblings?
+        minimise  mean_t [ -min(rho A, clip(rho, 1-eps, 1+eps) A) + beta KL(pi || pi_ref) ]
+
+    python dipr1.py --demo                          no GPU, no download: watch a tiny Qwen2.5-VL learn
+    torchrun --nproc_per_node 8 dipr1.py            the real thing: Qwen2.5-VL-3B on data/train.jsonl
+    python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, Jaccard index of a checkpoint
+    python dipr1.py --help                          every knob
+
+The paper's exact equations for the look and the accuracy reward are not public: where a definition is ours, the
+words "our reading" stand beside it. How this file departs from textbook GRPO: a group is scored as ONE row, prompt
+and picture shared by its G completions; the loss is normalised by token over the group; the look reward is credited
+to the tokens that can have earned it.
+"""
+import bisect
+import contextlib
+import copy
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+def knob(default, help):
+    """A field of Config: its default, and the sentence that `--help` shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every knob, each explained on its line. The command line is made from this."""
+
+    demo: bool = knob(False, "make scenes and a tiny model, then SFT, GRPO and a before/after table, in ten minutes")
+    eval: bool = knob(False, "evaluate --model on --data instead of training")
+    model: str = knob("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
+    data: str = knob("data/train.jsonl", "one image a line, as data_prep.py writes it")
+    output_dir: str = knob("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
+    seed: int = knob(0, "data order and sampling follow from it; the same seed repeats a run exactly (on CPU)")
+    max_pixels: int = knob(1280 * 28 * 28, "larger images are scaled down to this area (28 x 28 pixels are a token)")
+
+    steps: int = knob(1000, "GRPO steps")
+    prompts_per_step: int = knob(8, "prompts (groups) a step, over all ranks together")
+    group_size: int = knob(8, "G, completions a prompt")
+    max_new_tokens: int = knob(1024, "a completion is cut here")
+    temperature: float = knob(1.0, "of sampling, and of the distribution that is trained")
+    lr: float = knob(1e-6, "peak learning rate: linear warm-up, then linear decay to 0")
+    warmup_steps: int = knob(10, "steps of warm-up, of SFT and of GRPO alike")
+    beta: float = knob(0.04, "weight of the KL to the reference model; 0 loads none")
+    clip_eps: float = knob(0.2, "eps of the clipped ratio")
+    num_iterations: int = knob(1, "updates on each batch of rollouts")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+
+    format_weight: float = knob(1.0, "w_f")
+    look_weight: float = knob(0.5, "w_l; more of it wrecks the answers when credited to them")
+    accuracy_weight: float = knob(1.0, "w_a")
+    recall_weight: float = knob(0.75, "w, recall's share of the accuracy reward; at 0.5 the policy turns cautious")
+    look_credit: str = knob("section", "tokens that earn the look reward: 'section' = up to </look>, 'completion' = all")
+
+    sft_steps: int = knob(0, "supervised steps before GRPO, on the truth written in the template")
+    sft_lr: float = knob(1e-5, "their peak learning rate")
+    sft_batch: int = knob(32, "images a supervised step, over all ranks together")
+
+    freeze_vision: bool = knob(False, "do not train the vision tower; its features are then computed once a step")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward: slower, far less memory")
+    groups_per_forward: int = knob(1, "groups scored (and images read in SFT) in one forward; more = faster, if it fits")
+    batch_size: int = knob(8, "prompts decoded at once in evaluation")
+    limit: int = knob(0, "evaluate on the first so many images only; 0 = all")
+    picture_every: int = knob(20, "steps between pictures; 0 = none")
+    save_every: int = knob(100, "steps between checkpoints (one more at the end); 0 = none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Template and parsing: a prompt that asks to look first, and a parser that no completion can crash
+
+CHAT = (  # Qwen2.5-VL's chat template, written out
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+QUESTION = (  # our reading: the paper's prompt is not public
+    "Find every {target} in the image, also where one hides behind another. First describe the whole scene between "
+    "<think> and </think>. Then list the regions where one is hard to tell from the next between <look> and </look>. "
+    "Last list one box for each between <answer> and </answer>. Boxes are a JSON list of [x1, y1, x2, y2] in pixels. "
+    "Example:\n<think>Two, one in front of the other.</think><look>[[10, 20, 58, 90]]</look>"
+    "<answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
+)
+TAGS = ["<think>", "</think>", "<look>", "</look>", "<answer>", "</answer>"]
+
+# Linear on every input: no two neighbouring parts of these patterns can match the same text.
+NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"  # at most six digits: finite, whatever the policy writes
+BOX = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]")
+LABEL = r'"label"\s*:\s*"[^"{}]*"\s*'
+QWEN_BOX = re.compile(
+    r"\{\s*(?:" + LABEL + r",\s*)?" + r'"bbox_2d"\s*:\s*(\[[^][{}]*\])\s*(?:,\s*' + LABEL + r")?\}"
+)
+
+
+@dataclass
+class Response:
+    """A completion taken apart. `look` and `answer` are (n, 4) arrays of x1, y1, x2, y2 in pixels as the model sees
+    them, unclipped; None where the section is missing or is not a list of boxes (an empty list is shape (0, 4))."""
+
+    think: str | None
+    look: np.ndarray | None
+    answer: np.ndarray | None
+    well_formed: bool
+
+
+def parse_boxes(text):
+    """`[[1, 2, 3, 4], ...]` or Qwen's `[{"bbox_2d": [1, 2, 3, 4], "label": "person"}, ...]` -> (n, 4), else None."""
+    text = text.strip()
+    if text.startswith("```") and text.endswith("```"):
+        text = text.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
+    glue_and_numbers = BOX.split(QWEN_BOX.sub(r"\1", text))  # glue, x1, y1, x2, y2, glue, ..., glue
+    glue = [piece.strip() for piece in glue_and_numbers[::5]]
+    n = len(glue) - 1
+    if n == 0:
+        return np.zeros((0, 4)) if re.fullmatch(r"\[\s*\]", text) else None
+    if glue != ["["] + [","] * (n - 1) + ["]"]:
+        return None
+    del glue_and_numbers[::5]
+    return np.array(glue_and_numbers, dtype=float).reshape(n, 4)
+
+
+def parse_response(text):
+    """Split a completion on the six tags -> Response. Never raises; linear in the length of the text.
+
+    Well-formed: exactly the six tags, once each, in order, and nothing but white space outside the sections. Of a
+    malformed completion the sections that are there exactly once are still read: a right answer stays right.
+    """
+    pieces = re.split("(" + "|".join(TAGS) + ")", text)
+    tags, between = pieces[1::2], pieces[2::2]
+    outside = [pieces[0], *between[1::2]]
+
+    def section(name):
+        opening, closing = f"<{name}>", f"</{name}>"
+        if tags.count(opening) != 1 or tags.count(closing) != 1:
+            return None
+        start = tags.index(opening)
+        return between[start] if tags[start + 1 : start + 2] == [closing] else None
+
+    think, look, answer = section("think"), section("look"), section("answer")
+    return Response(
+        think=think,
+        look=None if look is None else parse_boxes(look),
+        answer=None if answer is None else parse_boxes(answer),
+        well_formed=tags == TAGS and not "".join(outside).strip(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes and matching
+
+
+def clip_boxes(boxes, width, height):
+    """(n, 4) boxes cut to the image. One that lies outside becomes empty, overlaps nothing, and still counts."""
+    return np.clip(np.asarray(boxes, float).reshape(-1, 4), 0, [width, height, width, height])
+
+
+def box_area(boxes):
+    """(n, 4) -> (n,) in square pixels; 0 for an inverted box."""
+    return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+
+
+def box_intersection(a, b):
+    """(n, 4), (m, 4) -> (n, m) in square pixels."""
+    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.prod(np.maximum(bottom_right - top_left, 0), axis=2)
+
+
+# IoU(a, b) = |a n b| / |a u b|
+def box_iou(a, b):
+    """(n, 4), (m, 4) -> (n, m) in [0, 1]; 0 where either box is empty."""
+    intersection = box_intersection(a, b)
+    union = box_area(a)[:, None] + box_area(b)[None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def match_boxes(pred, gt, iou_threshold=0.5):
+    """One-to-one pairs with IoU >= threshold of the largest total IoU -> (pred_idx, gt_idx, ious), (k,) each."""
+    iou = box_iou(pred, gt)
+    iou[iou < iou_threshold] = 0
+    rows, cols = linear_sum_assignment(iou, maximize=True)
+    paired = iou[rows, cols] > 0
+    return rows[paired], cols[paired], iou[rows, cols][paired]
+
+
+def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
+    """(true positives, predictions, truths). Unmatched predictions more than half inside an ignore region are not
+    counted: nobody annotated there, so nobody can say that they are wrong."""
+    pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
+    excused = np.zeros(len(pred), bool)
+    if ignore is not None and len(ignore) and len(pred):
+        excused = box_intersection(pred, ignore).max(axis=1) > 0.5 * box_area(pred)
+        excused[pred_idx] = False
+    return len(pred_idx), len(pred) - int(excused.sum()), len(gt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three rewards
+
+
+# r_fmt = 1[well-formed, a thought, and two lists of boxes]
+def format_reward(text):
+    """1.0 if the completion has the template's shape and both lists parse, else 0.0 (paper)."""
+    response = parse_response(text)
+    parsed = response.look is not None and response.answer is not None
+    return float(response.well_formed and parsed and bool(response.think.strip()))
+
+
+def coverage(boxes, width, height, cell=14):
+    """C(x): how many boxes cover the centre of each 14-pixel cell x -> (height / 14, width / 14) counts."""
+    x, y = np.arange(cell / 2, width, cell), np.arange(cell / 2, height, cell)
+    in_columns = (boxes[:, 0:1] <= x) & (x <= boxes[:, 2:3])  # (n, W)
+    in_rows = (boxes[:, 1:2] <= y) & (y <= boxes[:, 3:4])  # (n, H)
+    return in_rows.T.astype(float) @ in_columns.astype(float)
+
+
+# u(x) = min(1, 4 Var_j C_j(x))
+def disagreement(answers, width, height):
+    """Where a list of (n, 4) answers disagrees -> (H, W) in [0, 1]; 1 = they split like a fair coin on one person.
+
+    Counts, not masks: one box around two people and a box for each must disagree, since merging individuals is the
+    very failure that the paper starts from. Fewer than two answers cannot disagree.
+    """
+    counts = [coverage(boxes, width, height) for boxes in answers]
+    if len(counts) < 2:
+        return np.zeros_like(coverage(np.zeros((0, 4)), width, height))
+    return np.minimum(1, 4 * np.var(counts, axis=0))
+
+
+# r_look,i = 2 sum_x L_i u_i / (sum_x L_i + sum_x u_i),   u_i from the others' answers, L_i(x) = 1 where i looks
+def look_rewards(responses, width, height):
+    """How well each completion's look finds what the *others* disagree about: G Responses -> (G,) in [0, 1].
+
+    Our reading of the paper's variance-guided look reward: a soft Dice score. Leaving itself out, a completion cannot
+    manufacture the uncertainty that it is paid for. An answer that does not parse is left out of the variance; a look
+    that does not parse earns 0, as does everybody where there is nothing to find.
+    """
+    rewards = np.zeros(len(responses))
+    for i, response in enumerate(responses):
+        others = [r.answer for j, r in enumerate(responses) if j != i and r.answer is not None]
+        u = disagreement(others, width, height)
+        if response.look is not None and u.any():
+            looked = coverage(response.look, width, height) > 0
+            rewards[i] = 2 * u[looked].sum() / (looked.sum() + u.sum())
+    return rewards
+
+
+# r_acc = (1-w) P + w R,   P = TP / n_pred,   R = TP / n_gt
+def accuracy_reward(pred, gt, ignore=None, recall_weight=0.75, iou_threshold=0.5):
+    """Weighted precision and recall of (n, 4) boxes in [0, 1]; `pred` None (unparseable) earns 0.
+
+    Our reading of the paper's weighted precision-recall. Nothing there and nothing predicted: 1; one of the two
+    empty: 0. A trap: with w = 0.5, dropping a doubtful box pays whenever its chance to be right is below half the
+    current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.75.
+    """
+    if pred is None:
+        return 0.0
+    tp, n_pred, n_gt = count_matches(pred, gt, ignore, iou_threshold)
+    if n_pred == 0 or n_gt == 0:
+        return float(n_pred == n_gt)
+    return (1 - recall_weight) * tp / n_pred + recall_weight * tp / n_gt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages and loss
+
+
+# A_i = (r_i - mean_j r_j) / (std_j r_j + 1e-4)
+def group_advantages(rewards):
+    """How much better each completion did than its siblings: (P, G) rewards -> (P, G) advantages.
+
+    std is the sample one (ddof 1). A group whose rewards all agree teaches nothing: exactly 0, free of rounding.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    spread = centred.square().sum(dim=1, keepdim=True).div(max(rewards.shape[1] - 1, 1)).sqrt()
+    return (centred / (spread + 1e-4)).masked_fill(all_equal, 0.0)
+
+
+# L = 1/N sum_t [ -min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t) + beta k3_t ],      rho = pi / pi_old
+# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1                          >= 0, an unbiased KL(pi || pi_ref)
+def grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps, beta):
+    """The loss of one group on flat (N,) tensors, N = sum_i |o_i|: every token of the group weighs the same.
+
+    `ref_logp` None leaves the KL out. Returns (loss, {"kl", "clip_fraction"}). Exponents are clamped at 20, so that a
+    token which a policy has abandoned gives a large number and not infinity.
+    """
+    rho = (logp - old_logp).clamp(max=20).exp()
+    clipped = rho.clamp(1 - clip_eps, 1 + clip_eps)
+    per_token = -torch.min(rho * advantages, clipped * advantages)
+    k3 = torch.zeros_like(logp)
+    if ref_logp is not None:
+        difference = (ref_logp - logp).clamp(max=20)
+        k3 = difference.exp() - difference - 1
+    with torch.no_grad():
+        stats = {"kl": k3.mean().item(), "clip_fraction": (rho * advantages > clipped * advantages).float().mean().item()}
+    return (per_token + beta * k3).mean(), stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, and prompts as it sees them
+
+
+@dataclass
+class Prompt:
+    """One image with its question, encoded; boxes in model space: pixels of the image after Qwen's resize."""
+
+    index: int  # its line in the data: names the prompt to the sampler
+    record: dict
+    ids: torch.Tensor  # (L,) the chat, one <|image_pad|> for each visual token
+    positions: torch.Tensor  # (3, L) M-RoPE: time, row, column
+    pixels: torch.Tensor  # (patches, 1176) what the vision tower reads
+    grid: torch.Tensor  # (1, 3) patches in time, height, width
+    width: int
+    height: int
+    truth: np.ndarray  # (n, 4)
+    ignore: np.ndarray  # (m, 4)
+
+
+def to_model_space(boxes, size, grid):
+    """Boxes in pixels of the original image, size (W, H), -> pixels of the resized one, which Qwen2.5-VL speaks.
+
+    Each axis has its own scale: both sides are rounded to multiples of 28 (1920 x 1080 becomes 1316 x 728).
+    """
+    _, rows, columns = grid.flatten().tolist()
+    scale = [14 * columns / size[0], 14 * rows / size[1]] * 2
+    return np.asarray(boxes, float).reshape(-1, 4) * scale
+
+
+def to_image_space(boxes, size, grid):
+    """The way back: `to_image_space(to_model_space(b, size, grid), size, grid)` is b."""
+    return np.asarray(boxes, float).reshape(-1, 4) / to_model_space([[1, 1, 1, 1]], size, grid)
+
+
+def load_model(cfg, device):
+    """-> (model, tokenizer, image processor) of a Qwen2.5-VL by name or folder; SystemExit says what is wrong."""
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SystemExit(f"cannot load --model {cfg.model}: {reason}") from None
+    image_processor.size = {"shortest_edge": image_processor.size["shortest_edge"], "longest_edge": cfg.max_pixels}
+    model.model.visual.requires_grad_(not cfg.freeze_vision)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device), tokenizer, image_processor
+
+
+class Encoder:
+    """Records to prompts and truths to target texts: all that needs the tokenizer or the image processor."""
+
+    def __init__(self, model, tokenizer, image_processor):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.rope_index, self.device = model.model.get_rope_index, model.device
+        self.image_token = model.config.image_token_id
+        eos = model.generation_config.eos_token_id
+        self.eos = [eos] if isinstance(eos, int) else list(eos or [tokenizer.eos_token_id])  # Qwen2.5-VL has two
+
+    def prompt(self, index, record):
+        """Read the image and build the chat around it -> Prompt. SystemExit names a picture that cannot be read."""
+        try:
+            image = open_image(record["image"])
+        except (OSError, Image.DecompressionBombError) as error:
+            raise SystemExit(f"{record['image']}: cannot be read ({error})") from None
+        if image.size != (record["width"], record["height"]):
+            raise SystemExit(f"{record['image']} is {image.size}, but its line says {record['width']} x {record['height']}")
+        seen = self.image_processor(images=[image], return_tensors="pt")
+        grid = seen["image_grid_thw"]
+        rows, columns = grid[0, 1].item(), grid[0, 2].item()
+        ids, positions = self.chat(record["target"], rows, columns)
+        return Prompt(
+            index, record, ids, positions, seen["pixel_values"].to(self.device), grid.to(self.device),
+            14 * columns, 14 * rows,
+            truth=to_model_space(record["boxes"], image.size, grid),
+            ignore=to_model_space(record["ignore"], image.size, grid),
+        )
+
+    @functools.lru_cache(maxsize=1024)
+    def chat(self, target, rows, columns):
+        """The question for an image of rows x columns patches -> ids (L,), M-RoPE positions (3, L)."""
+        chat = CHAT.format(question=QUESTION.format(target=target))
+        chat = chat.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches a token
+        ids = torch.tensor([self.tokenizer(chat, add_special_tokens=False).input_ids])
+        # Without the token types the positions would silently be 1-D, and the model blind to where things are.
+        positions, _ = self.rope_index(ids, (ids == self.image_token).int(), torch.tensor([[1, rows, columns]]))
+        return ids[0].to(self.device), positions[:, 0].to(self.device)
+
+    def decode(self, completion):
+        """Token ids -> text without the closing EOS. Any other special token stays visible, and breaks the format."""
+        ids = completion.tolist()
+        return self.tokenizer.decode(ids[:-1] if ids[-1] in self.eos else ids, skip_special_tokens=False)
+
+    def look_length(self, completion):
+        """How many tokens run up to and including `</look>`; all of them if it never comes."""
+        closed = lambda n: "</look>" in self.tokenizer.decode(completion[:n])  # false, ..., false, true, ..., true
+        return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
+
+    def target(self, prompt):
+        """The supervised target: the truth in the template, left to right, and a look at whoever overlaps someone.
+
+        That look target is our reading. With the first person as the target, look and answer were coupled and the
+        model learned to skip people.
+        """
+        order = np.argsort(prompt.truth[:, 0], kind="stable")
+        boxes = clip_boxes(prompt.truth[order], prompt.width, prompt.height).round().astype(int)
+        iou = box_iou(prompt.truth[order], prompt.truth[order])
+        crowded = boxes[(iou - np.eye(len(iou)) > 0.05).any(axis=1)]
+        text = (f"<think>{len(boxes)} people, {len(crowded)} overlap</think><look>{crowded.tolist()}</look>"
+                f"<answer>{boxes.tolist()}</answer>")
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
+        return torch.tensor(ids, device=self.device)
+
+
+@dataclass
+class Group:
+    """One prompt and its completions o_1 .. o_G; flat tensors run over all their N = sum_i |o_i| tokens."""
+
+    prompt: Prompt
+    completions: list  # G tensors of token ids, EOS included
+    rollout_logp: torch.Tensor | None = None  # (N,) log-probabilities with which the sampler drew them
+    texts: list | None = None  # G decoded completions
+
+    @property
+    def n_tokens(self):
+        return sum(map(len, self.completions))
+
+
+def pack(group):
+    """Lay a group out as one row [ image + prompt | o_1 | o_2 | ... | o_G ] of length L.
+
+    Returns ids (L,), M-RoPE positions (L, 3), segment (L,) - 0 for the prompt, i for o_i - and source (N,): for each
+    completion token the place in the row whose hidden state predicts it. Every completion starts at the position
+    where the prompt ended, so to itself it is the only one.
+    """
+    prompt, end = group.prompt, len(group.prompt.ids)
+    device, first = prompt.ids.device, prompt.positions.max() + 1
+    ids, positions, segments, sources = [prompt.ids], [prompt.positions.T], [torch.zeros_like(prompt.ids)], []
+    start = end
+    for number, completion in enumerate(group.completions, 1):
+        steps = torch.arange(len(completion), device=device)
+        ids.append(completion)
+        positions.append((first + steps)[:, None].expand(-1, 3))
+        segments.append(torch.full_like(completion, number))
+        sources.append(torch.where(steps == 0, end - 1, start + steps - 1))
+        start += len(completion)
+    return torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(sources)
+
+
+def tree_mask(segment):
+    """(R, L) segments -> (R, 1, L, L), True where row token i may look at j: backwards, at the prompt or its own o_i.
+
+    Padding (segment -1) makes a segment of its own: nobody sees it, and it sees something, so no softmax is empty.
+    """
+    length = segment.shape[1]
+    backwards = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    related = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
+    return (backwards & related)[:, None]
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL, and the one question of training: how likely was each token of these groups?
+
+    The forward is the one that DDP wraps. Scoring a packed group runs prompt and vision tower once for G completions.
+    """
+
+    def __init__(self, model, tokenizer, temperature=1.0):
+        super().__init__()
+        self.model, self.temperature = model, temperature
+        config = model.config
+        # A sampled placeholder would want an image that is not there; ids beyond the tokenizer decode to nothing.
+        forbidden = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
+        forbidden[[config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]] = True
+        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
+
+    def see(self, prompts):
+        """The vision tower over all images at once, whatever their sizes -> a list of (visual tokens, D)."""
+        pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
+        return list(self.model.get_image_features(pixels, grid).pooler_output)
+
+    def embed(self, ids, features):
+        """Token embeddings (L, D) with the image's features in its placeholders. They all stand in the prompt: a
+        placeholder in a completion (ids beyond the first run) stays an ordinary token."""
+        embeds = self.model.get_input_embeddings()(ids)
+        places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
+        return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
+
+    def logprobs(self, hidden):
+        """Hidden states (N, D) -> log softmax(logits / T) (N, V) in fp32: what is sampled and what is scored."""
+        logits = self.model.lm_head(hidden).float() / self.temperature
+        return logits.masked_fill(self.forbidden, -1e4).log_softmax(-1)  # exp(-1e4) is 0, and unlike -inf never NaN
+
+    def token_logprobs(self, hidden, targets, chunk=1024):
+        """log pi of each target, (N, D), (N,) -> (N,). 1,024 tokens at a time, and again in the backward, so that
+        the logits of a whole group (8 x 1,024 x 152k: 5 GB) never exist at once."""
+        score = lambda h, y: self.logprobs(h).gather(1, y[:, None])[:, 0]
+        parts = zip(hidden.split(chunk), targets.split(chunk))
+        return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in parts])
+
+    def forward(self, groups, features=None):
+        """Groups -> the flat (N,) log-probabilities of all their tokens, group by group.
+
+        `features` are those of `see`, if they are at hand (a frozen tower). Rows of different length are padded to
+        the longest; nothing else is.
+        """
+        features = self.see([group.prompt for group in groups]) if features is None else features
+        ids, positions, segments, sources = zip(*map(pack, groups))
+        embeds = pad_sequence([self.embed(i, f) for i, f in zip(ids, features)], batch_first=True)
+        positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
+        mask = tree_mask(pad_sequence(segments, batch_first=True, padding_value=-1))
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        hidden = torch.cat([row[source] for row, source in zip(hidden, sources)])
+        return self.token_logprobs(hidden, torch.cat([o for group in groups for o in group.completions]))
+
+
+def unwrap(policy):
+    """The Policy inside DDP, or the policy itself."""
+    return getattr(policy, "module", policy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: every prompt is read once, its G completions are written side by side
+
+
+def draw_uniforms(seed, step, index, shape):
+    """The random numbers of one prompt at one step, from a generator of its own: sampling is then a function of
+    (seed, step, prompt), and the same on whichever rank, in whatever batch the prompt comes up."""
+    return torch.from_numpy(np.random.default_rng([seed, step, index]).random(shape, dtype=np.float32))
+
+
+# token = min { v : sum_{w <= v} p_w > U },   U uniform in [0, 1)
+def inverse_cdf(logprobs, uniform):
+    """Sample tokens (B,) of the distributions (B, V) with uniforms (B,). The full softmax: no top-k, no top-p, and
+    none of the checkpoint's generation defaults, for the sampled distribution must be the scored one."""
+    cdf = logprobs.exp().cumsum(-1)
+    drawn = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return drawn.clamp(max=logprobs.shape[1] - 1)  # fp32 may round U * sum up to the sum
+
+
+@torch.no_grad()
+def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=None):
+    """Complete each prompt G times -> list of Groups. `uniforms` is (P, G, max_new_tokens); None decodes greedily (G=1).
+
+    Prompts are prefilled once, padded on the right; their keys and values are then copied G times into a static
+    cache, behind which every row writes its t-th token to the same column.
+    """
+    from transformers import DynamicCache, StaticCache
+
+    P, G = len(prompts), 1 if uniforms is None else uniforms.shape[1]
+    language_model, device = policy.model.model.language_model, policy.model.device
+    features = policy.see(prompts) if features is None else features
+    embeds = pad_sequence([policy.embed(p.ids, f) for p, f in zip(prompts, features)], batch_first=True)
+    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
+    L, end = embeds.shape[1], embeds.shape[1] + max_new_tokens
+
+    prefix = DynamicCache()  # causal attention: the padding on the right is seen by no real token
+    hidden = language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=prefix, use_cache=True)
+    hidden = hidden.last_hidden_state[torch.arange(P, device=device), lengths - 1].repeat_interleave(G, 0)
+    cache = StaticCache(policy.model.config, max_cache_len=end)
+    for number, layer in enumerate(prefix.layers):
+        cache.update(layer.keys.repeat_interleave(G, 0), layer.values.repeat_interleave(G, 0), number)
+
+    visible = (torch.arange(end, device=device) < lengths[:, None]).repeat_interleave(G, 0)[:, None, None]
+    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)[:, None]
+    tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
+    chosen = torch.zeros(P * G, max_new_tokens, device=device)
+    written = torch.zeros(P * G, dtype=torch.long, device=device)
+    running = torch.ones(P * G, dtype=torch.bool, device=device)
+    eos = torch.tensor(encoder.eos, device=device)
+    uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
+    for t in range(max_new_tokens):
+        logprobs = policy.logprobs(hidden)
+        token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[:, t])
+        tokens[:, t], chosen[:, t] = token, logprobs.gather(1, token[:, None])[:, 0]
+        written += running  # EOS is the last token written
+        running &= ~torch.isin(token, eos)
+        if not running.any() or t + 1 == max_new_tokens:
+            break
+        visible[..., L + t] = True
+        hidden = language_model(
+            inputs_embeds=policy.model.get_input_embeddings()(token[:, None]), attention_mask=visible,
+            position_ids=(first + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, 0]
+
+    groups = []
+    for number, prompt in enumerate(prompts):
+        rows = range(number * G, (number + 1) * G)
+        completions = [tokens[row, : written[row]] for row in rows]
+        logp = torch.cat([chosen[row, : written[row]] for row in rows])
+        groups.append(Group(prompt, completions, logp, [encoder.decode(o) for o in completions]))
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_image(path):
+    """An image as people see it: upright (EXIF), RGB. OSError if it cannot be decoded."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def load_records(path):
+    """Read a JSONL that data_prep.py wrote, check every line, and make its image paths absolute."""
+    path = Path(path)
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is not there. Make it from CrowdHuman:  python data_prep.py crowdhuman ROOT --split train --out {path}\n"
+            f"or from drawn scenes:  python data_prep.py synthetic --out {path.parent}      or see it all:  python dipr1.py --demo"
+        )
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = {"target": "person", "ignore": [], **json.loads(line)}
+            for name in ("boxes", "ignore"):
+                record[name] = np.array(record[name], float).reshape(-1, 4)
+            if not (record["width"] > 0 and record["height"] > 0 and np.isfinite(record["boxes"]).all()):
+                raise ValueError("sizes must be positive and boxes finite")
+            record["image"] = str(path.parent / record["image"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+        records.append(record)
+    if not records:
+        raise SystemExit(f"{path} holds no image")
+    return records
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(n, batch, seed, step):
+    """Which of n records step `step` takes: a fresh shuffle an epoch, a function of (seed, step) alone."""
+    return [int(epoch_order(n, seed, k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
+
+
+def batches(encoder, records, batch, seed, steps, rank, world):
+    """Yield (step, this rank's prompts) for each step, the next step's images being read while this one trains."""
+    def load(step):
+        return [encoder.prompt(i, records[i]) for i in batch_indices(len(records), batch, seed, step)[rank::world]]
+
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(load, 0)
+        for step in range(steps):
+            prompts = upcoming.result()
+            upcoming = reader.submit(load, step + 1) if step + 1 < steps else None
+            yield step, prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One training step
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on fp32 copies of the weights. At learning rate 1e-6 an update is far below bf16's resolution: applied to
+    bf16 weights directly, 98% of them would never move. Of fp32 weights the "copy" is the weight itself."""
+
+    def __init__(self, params, **options):
+        groups = list(params)
+        if isinstance(groups[0], dict):  # ZeroRedundancyOptimizer hands over its shard as one parameter group
+            groups = [p for group in groups for p in group["params"]]
+        self.weights = groups
+        self.masters = [weight.detach().float() for weight in groups]
+        super().__init__(self.masters, **options)
+
+    @torch.no_grad()
+    def step(self):
+        for weight, master in zip(self.weights, self.masters):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        super().step()
+        for weight, master in zip(self.weights, self.masters):
+            weight.copy_(master)
+            master.grad = None
+
+
+def make_optimizer(policy):
+    """AdamW, its state sharded over the ranks: each keeps 12 bytes (fp32 weight, two moments) of 1/world of the weights."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if dist.is_initialized():
+        return ZeroRedundancyOptimizer(trained, optimizer_class=MasterAdamW, **options)
+    return MasterAdamW(trained, **options)
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear from 0 to `peak` over the warm-up, then linear to 0 at `steps`."""
+    return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
+    """One optimizer step on sum_chunks loss_of(chunk), gradients averaged over the ranks by DDP -> metrics.
+
+    Each rank runs one backward a chunk, also where nothing is to be learned. Only the last one synchronises. A gradient
+    that is not finite is not finite on every rank after that: all skip the update together.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    total = 0.0
+    for number, chunk in enumerate(chunks, 1):
+        wait = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(chunks)
+        with policy.no_sync() if wait else contextlib.nullcontext():  # around forward and backward both
+            loss = loss_of(chunk)
+            loss.backward()
+        total += loss.item()
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    policy.zero_grad(set_to_none=True)
+    return {"loss": total, "grad_norm": norm.item(), "lr": lr, "skipped": float(not finite)}
+
+
+def in_chunks(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
+    """One supervised step through the same scoring function: a group of one, the truth -> metrics."""
+    groups = [Group(prompt, [encoder.target(prompt)]) for prompt in prompts]
+
+    def loss_of(chunk):
+        logp = policy(chunk).split([group.n_tokens for group in chunk])
+        return -sum(part.mean() for part in logp) / len(groups)
+
+    groups.sort(key=lambda group: group.n_tokens)  # rows of one forward are padded to the longest
+    chunks = in_chunks(groups, max(1, cfg.groups_per_forward * cfg.group_size))  # about as many tokens as in GRPO
+    return update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
+
+
+def group_rewards(group, recall_weight):
+    """(G, 3): the format, look and accuracy reward of each completion."""
+    prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
+    answers = [None if r.answer is None else clip_boxes(r.answer, prompt.width, prompt.height) for r in responses]
+    accuracy = [accuracy_reward(answer, prompt.truth, prompt.ignore, recall_weight) for answer in answers]
+    look = look_rewards(responses, prompt.width, prompt.height)
+    return torch.tensor(np.stack([[format_reward(text) for text in group.texts], look, accuracy], axis=1))
+
+
+def token_advantages(encoder, groups, rewards, cfg):
+    """Rewards (P, G, 3) -> for each group the flat (N,) advantages of its tokens.
+
+    r_look,i does not depend on completion i's own answer, and the answer is written after the look: its tokens cannot
+    have earned it. Up to </look> tokens get the advantage of the whole r, after it that of r without the look term,
+    each with its own mean and std. Our reading; `--look_credit completion` is the paper's plain sum for every token.
+    """
+    weights = torch.tensor([cfg.format_weight, cfg.look_weight, cfg.accuracy_weight], dtype=rewards.dtype)
+    whole = group_advantages(rewards @ weights)
+    after_look = group_advantages(rewards @ (weights * torch.tensor([1, 0, 1])))
+    if cfg.look_credit == "completion":
+        after_look = whole
+    flat = []
+    for group, early, late in zip(groups, whole.tolist(), after_look.tolist()):
+        parts = []
+        for completion, a, b in zip(group.completions, early, late):
+            advantage = torch.full(completion.shape, b, device=completion.device)
+            advantage[: encoder.look_length(completion)] = a
+            parts.append(advantage)
+        flat.append(torch.cat(parts))
+    return flat
+
+
+def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
+    """Sample a group for each prompt, reward it, and update the policy -> (metrics, groups)."""
+    started = time.perf_counter()
+    plain = unwrap(policy)
+    features = None
+    if cfg.freeze_vision:  # one pass for rollout, reference and policy alike
+        with torch.no_grad():
+            features = plain.see(prompts)
+    shape = (cfg.group_size, cfg.max_new_tokens)
+    uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
+    plain.eval()
+    groups = rollout(plain, encoder, prompts, cfg.max_new_tokens, uniforms, features)
+    plain.train()
+    rolled_out = time.perf_counter()
+
+    rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
+    advantages = token_advantages(encoder, groups, rewards, cfg)
+    old, ref, stats = [None] * len(groups), [None] * len(groups), []
+
+    def score(model, chunk):
+        seen = None if features is None else [features[p] for p in chunk]
+        chosen = [groups[p] for p in chunk]
+        return model(chosen, seen).split([group.n_tokens for group in chosen])
+
+    def loss_of(chunk):
+        if reference is not None and ref[chunk[0]] is None:
+            with torch.no_grad():
+                ref[chunk[0] : chunk[-1] + 1] = score(reference, chunk)
+        loss = 0.0
+        for p, logp in zip(chunk, score(policy, chunk)):
+            if old[p] is None:  # before the first update pi_old is pi itself
+                old[p] = logp.detach()
+            group_loss, group_stats = grpo_loss(logp, old[p], ref[p], advantages[p], cfg.clip_eps, cfg.beta)
+            loss = loss + group_loss / len(groups)
+            stats.append(group_stats)
+        return loss
+
+    chunks = in_chunks(range(len(groups)), cfg.groups_per_forward)
+    for _ in range(cfg.num_iterations):
+        metrics = update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
+    metrics |= {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
+    metrics |= describe(groups, rewards, old, encoder, cfg)
+    now = time.perf_counter()
+    tokens = sum(group.n_tokens for group in groups)
+    metrics |= {"seconds": now - started, "seconds_rollout": rolled_out - started, "tokens_per_second": tokens / (now - started)}
+    return metrics, groups
+
+
+def describe(groups, rewards, logp, encoder, cfg):
+    """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
+    completions = [o for group in groups for o in group.completions]
+    answers = [parse_response(text).answer for group in groups for text in group.texts]
+    weights = torch.tensor([cfg.format_weight, cfg.look_weight, cfg.accuracy_weight], dtype=rewards.dtype)
+    total = rewards @ weights
+    return {
+        "reward": total.mean().item(),
+        "reward_format": rewards[..., 0].mean().item(),
+        "reward_look": rewards[..., 1].mean().item(),
+        "reward_accuracy": rewards[..., 2].mean().item(),
+        "reward_std": total.std(dim=1).mean().item() if total.shape[1] > 1 else 0.0,
+        "frac_zero_std": (total == total[:, :1]).all(dim=1).double().mean().item(),
+        "entropy": -torch.cat(logp).mean().item(),
+        "sampler_gap": (torch.cat(logp) - torch.cat([g.rollout_logp for g in groups])).abs().mean().item(),
+        "completion_length": float(np.mean([len(o) for o in completions])),
+        "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
+        "boxes": float(np.mean([0 if a is None else len(a) for a in answers])),
+        "truth_boxes": float(np.mean([len(group.prompt.truth) for group in groups])),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, log, pictures
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print0(*args):
+    if rank_and_world()[0] == 0:
+        print(*args, flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save_checkpoint(policy, encoder, optimizer, step, cfg):
+    """Write `checkpoint-<step>` beside its place and rename it: what bears that name is complete.
+
+    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step and the config. There
+    is no generator state to keep: all randomness is a function of (seed, step, prompt).
+    """
+    rank, world = rank_and_world()
+    final = Path(cfg.output_dir) / f"checkpoint-{step:06d}"
+    beside = final.with_name(final.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    barrier()
+    local = getattr(optimizer, "optim", optimizer)  # this rank's shard
+    torch.save({"adamw": local.state_dict(), "masters": local.masters}, beside / f"optimizer-{rank}.pt")
+    if rank == 0:
+        for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
+            part.save_pretrained(beside)
+        state = {"step": step, "world_size": world, "config": asdict(cfg)}
+        (beside / "dipr1.json").write_text(json.dumps(state, indent=2))
+    barrier()
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+    return final
+
+
+class Log:
+    """metrics.jsonl, the figures on the bar, and TensorBoard if it happens to be installed. Only rank 0 writes."""
+
+    def __init__(self, folder):
+        self.file, self.board = None, None
+        if rank_and_world()[0] != 0:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(folder) / "metrics.jsonl", "w", encoding="utf-8")
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder)
+
+    def write(self, phase, step, metrics, bar):
+        """Average a step's metrics over the ranks (a call for all of them) and write them down -> the averages."""
+        names, values = list(metrics), torch.tensor(list(metrics.values()), dtype=torch.float64)
+        if dist.is_initialized():
+            on_device = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(on_device)
+            values = on_device.cpu() / dist.get_world_size()
+        metrics = dict(zip(names, values.tolist()))
+        if self.file:
+            self.file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
+            self.file.flush()
+            shown = ("loss", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "completion_length")
+            bar.set_postfix_str(" ".join(f"{name.replace('reward_', '')} {metrics[name]:.3g}" for name in shown if name in metrics))
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(f"{phase}/{name}", value, step)
+        return metrics
+
+
+def draw_boxes(image, boxes, scale, color, line):
+    pen = ImageDraw.Draw(image)
+    for x1, y1, x2, y2 in np.asarray(boxes).reshape(-1, 4) * scale:
+        if x1 < x2 and y1 < y2:
+            pen.rectangle([x1, y1, x2, y2], outline=color, width=line)
+
+
+def draw_picture(group, path, height=448):
+    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and beside it
+    the map of where the group's answers disagree - what the look is paid to find."""
+    prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
+    scale = height / prompt.height
+    size = (round(prompt.width * scale), height)
+    image = open_image(prompt.record["image"]).resize(size)
+    unsure = disagreement([r.answer for r in responses if r.answer is not None], prompt.width, prompt.height)
+    heat = Image.fromarray((255 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
+    doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat.point([v * 3 // 4 for v in range(256)]))
+    none = np.zeros((0, 4))
+    look, answer = (none if boxes is None else boxes for boxes in (responses[0].look, responses[0].answer))
+    draw_boxes(image, answer, scale, (255, 140, 0), 4)
+    draw_boxes(image, prompt.truth, scale, (255, 255, 255), 1)
+    draw_boxes(image, look, scale, (60, 220, 60), 2)
+    draw_boxes(doubt, look, scale, (60, 220, 60), 2)
+
+    sheet = Image.new("RGB", (2 * size[0] + 8, height + 24), (24, 24, 24))
+    sheet.paste(image, (0, 24))
+    sheet.paste(doubt, (size[0] + 8, 24))
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, 6), "truth white, answer orange, look green", fill=(230, 230, 230))
+    pen.text((size[0] + 14, 6), f"where {len(responses)} answers disagree", fill=(230, 230, 230))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+EVALUATION = 2**31  # stands where training has its step: evaluation draws numbers that training never sees
+
+
+def tally(prompt, texts, looks):
+    """What completions of one prompt and their look rewards add to the evaluation's sums -> Counter."""
+    sums = Counter()
+    for text, look in zip(texts, looks):
+        answer = parse_response(text).answer
+        boxes = clip_boxes([] if answer is None else answer, prompt.width, prompt.height)
+        tp, n_pred, n_gt = count_matches(boxes, prompt.truth, prompt.ignore)
+        either = n_pred + n_gt - tp
+        sums.update(completions=1, tp=tp, n_pred=n_pred, n_gt=n_gt, jaccard=tp / either if either else 1.0,
+                    format=format_reward(text), look=look, boxes=len(boxes), truth_boxes=len(prompt.truth))
+    return sums
+
+
+def sum_over_ranks(sums):
+    """The Counters of all ranks added up."""
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, sums)
+        sums = sum(everyone, Counter())
+    return sums
+
+
+@torch.no_grad()
+def evaluate(policy, encoder, records, cfg):
+    """Score a policy on held-out images, shared out over the ranks -> dict of figures.
+
+    Every image is answered once greedily, as the model would be used, and G times at temperature T, as it is trained.
+    IoU is taken in model space: each axis is scaled alike for truth and answer, which leaves it as it is.
+
+        precision, recall, f1   over the boxes of all images together, at IoU 0.5
+        jaccard                 CrowdHuman's index k / (m + n - k), averaged over images
+        format_rate             share of completions of the right form
+        look_reward             the greedy look against the disagreement of the G sampled answers
+        boxes_per_image, truth_boxes_per_image
+        sampled_f1, sampled_look_reward     the same of the sampled completions
+    """
+    policy, (rank, world) = unwrap(policy).eval(), rank_and_world()
+    greedy, sampled = Counter(), Counter()
+    chunks = in_chunks(list(enumerate(records))[rank::world], cfg.batch_size)
+    for chunk in tqdm(chunks, "evaluating", disable=rank > 0, leave=False):
+        prompts = [encoder.prompt(index, record) for index, record in chunk]
+        shape = (cfg.group_size, cfg.max_new_tokens)
+        uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, prompt.index, shape) for prompt in prompts])
+        features = policy.see(prompts)
+        best = rollout(policy, encoder, prompts, cfg.max_new_tokens, None, features)
+        groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms, features)
+        for prompt, one, group in zip(prompts, best, groups):
+            responses = [parse_response(text) for text in one.texts + group.texts]
+            look = look_rewards(responses, prompt.width, prompt.height)[0]
+            greedy += tally(prompt, one.texts, [look])
+            sampled += tally(prompt, group.texts, look_rewards(responses[1:], prompt.width, prompt.height))
+    greedy, sampled = sum_over_ranks(greedy), sum_over_ranks(sampled)
+    images = greedy["completions"]
+    f1 = lambda sums: 2 * sums["tp"] / max(sums["n_pred"] + sums["n_gt"], 1)
+    return {
+        "precision": greedy["tp"] / max(greedy["n_pred"], 1),
+        "recall": greedy["tp"] / max(greedy["n_gt"], 1),
+        "f1": f1(greedy),
+        "jaccard": greedy["jaccard"] / images,
+        "format_rate": greedy["format"] / images,
+        "look_reward": greedy["look"] / images,
+        "boxes_per_image": greedy["boxes"] / images,
+        "truth_boxes_per_image": greedy["truth_boxes"] / images,
+        "sampled_f1": f1(sampled),
+        "sampled_look_reward": sampled["look"] / sampled["completions"],
+    }
+
+
+def print_table(columns):
+    """Print {name: figures} side by side."""
+    print0(f"\n{'held-out images':<24}" + "".join(f"{name:>10}" for name in columns))
+    for figure in next(iter(columns.values())):
+        print0(f"{figure:<24}" + "".join(f"{values[figure]:>10.3f}" for values in columns.values()))
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main: load, warm up, GRPO; or evaluate; or the demo
+
+DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
+    output_dir="runs/demo", max_new_tokens=96, batch_size=64, sft_steps=1500, sft_lr=2e-3, sft_batch=16,
+    steps=100, prompts_per_step=32, groups_per_forward=4, lr=1e-4, save_every=0,
+)
+DEMO_SCENES, DEMO_HELD_OUT = 6000, 400
+
+
+def setup(cfg):
+    """Process group (under torchrun), device, model -> (policy, encoder). The policy is wrapped in DDP by `parallel`."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    model, tokenizer, image_processor = load_model(cfg, device)
+    return Policy(model, tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
+
+
+def stop_if_hopeless(skipped, phase, step):
+    """Ten updates skipped in a row mean that the run is lost."""
+    if skipped == 10:
+        raise SystemExit(f"{phase} step {step}: ten gradients in a row were not finite; lower --lr or --sft_lr")
+
+
+def train_sft(policy, encoder, records, cfg, log):
+    """The supervised warm-up: the paper's SFT baseline, and the demo's cold start."""
+    optimizer, (rank, world), skipped = make_optimizer(policy), rank_and_world(), 0
+    steps = batches(encoder, records, cfg.sft_batch, cfg.seed, cfg.sft_steps, rank, world)
+    bar = tqdm(steps, "SFT", cfg.sft_steps, disable=rank > 0)
+    for step, prompts in bar:
+        lr = learning_rate(step, cfg.sft_steps, cfg.sft_lr, cfg.warmup_steps)
+        metrics = log.write("sft", step, sft_step(policy, optimizer, encoder, prompts, cfg, lr), bar)
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        stop_if_hopeless(skipped, "SFT", step)
+
+
+def train_grpo(policy, encoder, records, cfg, log):
+    """GRPO. The reference model is the policy as it comes in, after the warm-up if there was one."""
+    optimizer, (rank, world), skipped = make_optimizer(policy), rank_and_world(), 0
+    reference = copy.deepcopy(unwrap(policy)).eval().requires_grad_(False) if cfg.beta else None
+    steps = batches(encoder, records, cfg.prompts_per_step, cfg.seed, cfg.steps, rank, world)
+    bar = tqdm(steps, "GRPO", cfg.steps, disable=rank > 0)
+    for step, prompts in bar:
+        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_steps)
+        metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
+        metrics = log.write("grpo", step, metrics, bar)
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        stop_if_hopeless(skipped, "GRPO", step)
+        done = step + 1
+        if rank == 0 and cfg.picture_every and done % cfg.picture_every == 0:
+            draw_picture(groups[0], Path(cfg.output_dir) / "pictures" / f"step-{done:06d}.png")
+        if cfg.save_every and (done % cfg.save_every == 0 or done == cfg.steps):
+            save_checkpoint(policy, encoder, optimizer, done, cfg)
+
+
+def parallel(policy):
+    """Under torchrun, the policy in DDP: a forward through it averages the gradients over the ranks."""
+    if not dist.is_initialized():
+        return policy
+    return nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def train(cfg):
+    """Warm-up and GRPO on --data."""
+    if (Path(cfg.output_dir) / "metrics.jsonl").exists():
+        raise SystemExit(f"{cfg.output_dir} holds a run already: choose another --output_dir, or remove it")
+    records = load_records(cfg.data)
+    policy, encoder = setup(cfg)
+    policy, log = parallel(policy), Log(cfg.output_dir)
+    train_sft(policy, encoder, records, cfg, log)
+    train_grpo(policy, encoder, records, cfg, log)
+
+
+def run_evaluation(cfg):
+    """`--eval`: print the table and write eval.json."""
+    records = load_records(cfg.data)[: cfg.limit or None]
+    policy, encoder = setup(cfg)
+    figures = evaluate(policy, encoder, records, cfg)
+    print_table({Path(cfg.model).name: figures})
+    if rank_and_world()[0] == 0:
+        write_json(Path(cfg.output_dir) / "eval.json", {"model": cfg.model, "data": cfg.data, "images": len(records), **figures})
+
+
+def run_demo(cfg):
+    """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes before and after."""
+    import data_prep
+
+    started, folder = time.time(), Path(cfg.output_dir)
+    data_prep.synthetic(folder / "scenes", DEMO_SCENES + DEMO_HELD_OUT, cfg.seed, val=DEMO_HELD_OUT)
+    data_prep.tiny(folder / "tiny", cfg.seed)
+    cfg.model, cfg.data = str(folder / "tiny"), str(folder / "scenes" / "train.jsonl")
+    records, held_out = load_records(cfg.data), load_records(folder / "scenes" / "val.jsonl")
+    policy, encoder = setup(cfg)
+    log = Log(folder)
+    train_sft(policy, encoder, records, cfg, log)
+    sft = evaluate(policy, encoder, held_out, cfg)
+    train_grpo(policy, encoder, records, cfg, log)
+    after = evaluate(policy, encoder, held_out, cfg)
+    print_table({"SFT": sft, "DIP-R1": after})
+    seconds = round(time.time() - started)
+    write_json(folder / "summary.json", {"seed": cfg.seed, "seconds": seconds, "sft": sft, "dipr1": after})
+    print0(f"\n{seconds} s. Figures: {folder}/summary.json, {folder}/metrics.jsonl; pictures: {folder}/pictures")
+
+
+def main(argv=None):
+    from transformers import HfArgumentParser
+    from transformers.utils import logging
+
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
+    if "--demo" in argv:
+        parser.set_defaults(**DEMO)
+    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    logging.disable_progress_bar()
+    (run_demo if cfg.demo else run_evaluation if cfg.eval else train)(cfg)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
