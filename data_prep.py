@@ -11,6 +11,7 @@ One line of the JSONL is one image, in pixels of the original image, boxes as x1
 `ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to annotate).
 """
 import argparse
+import colorsys
 import json
 import os
 import re
@@ -42,8 +43,15 @@ def write_jsonl(path, records):
 OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # a pixel belongs to a figure where it is more there than not
 
 
-def random_color(rng, low=20, high=235):
-    return tuple(int(c) for c in rng.integers(low, high, 3))
+def vivid(rng, low=0.3, high=1.0):
+    """The colour of clothes: any hue, well saturated, brightness from `low` to `high`."""
+    hue, saturation, value = rng.random(), rng.uniform(0.6, 1.0), rng.uniform(low, high)
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def muted(rng, low, high):
+    """The colour of a street: nearly grey, brightness from `low` to `high` of 255."""
+    return tuple(int(c) for c in rng.integers(low, high) + rng.integers(-12, 13, 3))
 
 
 def draw_person(rng, height):
@@ -54,8 +62,8 @@ def draw_person(rng, height):
     h = 2 * height
     layer = Image.new("RGBA", (h, h))
     pen = ImageDraw.Draw(layer)
-    skin = tuple(int(c) for c in np.array([236, 188, 150]) * rng.uniform(0.35, 1.0))
-    shirt, trousers, hair = random_color(rng), random_color(rng, 10, 140), random_color(rng, 5, 90)
+    skin = tuple(int(c) for c in np.array([236, 188, 150]) * rng.uniform(0.4, 1.0))
+    shirt, trousers, hair = vivid(rng), vivid(rng, 0.1, 0.5), muted(rng, 15, 70)
     head, shoulder, lean = 0.13 * h, h * rng.uniform(0.09, 0.13), h * rng.uniform(-0.03, 0.03)
     middle, hip, neck = h / 2, 0.52 * h, 0.14 * h
     stride, swing = h * rng.uniform(0.02, 0.12), h * rng.uniform(0.02, 0.12)
@@ -79,22 +87,22 @@ def draw_person(rng, height):
 
 def draw_street(rng, size):
     """A background with texture: a wall with windows, a pavement, and blotches over both."""
-    street = Image.new("RGB", (size, size), random_color(rng, 90, 220))
+    street = Image.new("RGB", (size, size), muted(rng, 150, 230))
     pen = ImageDraw.Draw(street)
-    horizon, window = int(size * rng.uniform(0.25, 0.45)), random_color(rng, 40, 160)
+    horizon, window = int(size * rng.uniform(0.25, 0.45)), muted(rng, 90, 160)
     for x in range(int(rng.integers(0, 12)), size, int(rng.integers(14, 26))):
         pen.rectangle([x, 0.25 * horizon, x + 7, 0.6 * horizon], fill=window)
-    pen.rectangle([0, horizon, size, size], fill=random_color(rng, 70, 190))
+    pen.rectangle([0, horizon, size, size], fill=muted(rng, 130, 215))
     for y in np.geomspace(max(horizon, 1), size, 5)[1:-1]:
-        pen.line([0, y, size, y], fill=random_color(rng, 60, 160))
+        pen.line([0, y, size, y], fill=muted(rng, 90, 160))
     blotches = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8), dtype=np.uint8)).resize(street.size)
     return Image.blend(street, blotches.convert("RGB"), 0.2), horizon
 
 
 def draw_distractor(rng, scene):
-    """Upright or person-coloured things that are nobody: a lamp post or a bag left behind."""
+    """Upright or small things that are nobody: a lamp post or a bag left behind."""
     pen, size = ImageDraw.Draw(scene), scene.width
-    x, y, color = int(rng.integers(0, size)), int(rng.integers(size // 2, size)), random_color(rng, 10, 200)
+    x, y, color = int(rng.integers(0, size)), int(rng.integers(size // 2, size)), muted(rng, 30, 160)
     if rng.random() < 0.5:
         pen.line([x, y - size // 2, x, y], fill=color, width=2)
         pen.ellipse([x - 3, y - size // 2 - 3, x + 3, y - size // 2 + 3], fill=(250, 240, 190))
@@ -245,3 +253,122 @@ def tiny(out, seed=0, size=112):
     tokenizer.save_pretrained(out)
     Qwen2VLImageProcessorPil().save_pretrained(out)
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real annotations
+
+
+def crowdhuman(root, split):
+    """CrowdHuman: yield (image path, boxes, ignore) for each line of `annotation_<split>.odgt`, boxes as x1, y1, x2, y2.
+
+    The box is `fbox`, the whole person with what others hide, as the benchmark evaluates it. Tag "mask" and
+    extra.ignore are ignore regions; `head_attr.ignore` concerns heads only.
+    """
+    path = Path(root) / f"annotation_{split}.odgt"
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there; looked for CrowdHuman's annotation_{split}.odgt beside the folder Images")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry, boxes, ignore = json.loads(line), [], []
+            for person in entry["gtboxes"]:
+                x, y, w, h = map(float, person["fbox"])
+                masked = person["tag"] != "person" or person.get("extra", {}).get("ignore", 0) != 0
+                (ignore if masked else boxes).append([x, y, x + w, y + h])
+            image = Path(root) / "Images" / f"{entry['ID']}.jpg"
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+        yield image, boxes, ignore
+
+
+def clip_to_image(boxes, width, height):
+    """Boxes cut to the image (CrowdHuman's run beyond it); what has no area left, or never had one, is dropped."""
+    clipped = np.clip(np.reshape(boxes, (-1, 4)), 0, [width, height, width, height])
+    return clipped[(clipped[:, 2:] > clipped[:, :2]).all(axis=1)].round(2).tolist()
+
+
+def image_size(path):
+    """(width, height) of an image as people see it, decoded to the last pixel. OSError if it is missing or cut short."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).size
+
+
+def convert(annotations, out, target, max_boxes, draw):
+    """Annotated images -> the JSONL `out`, images referenced and not copied, and a count of what happened to each.
+
+    An image with more than `max_boxes` is dropped whole: with some of its boxes cut, right answers would be punished.
+    """
+    out, records, dropped = Path(out), [], Counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for image, boxes, ignore in tqdm(annotations, "converting"):
+        try:
+            width, height = image_size(image)
+        except (OSError, Image.DecompressionBombError) as error:
+            tqdm.write(f"left out: {image}: {error}", file=sys.stderr)
+            dropped["image missing or unreadable"] += 1
+            continue
+        kept, ignore = clip_to_image(boxes, width, height), clip_to_image(ignore, width, height)
+        dropped["box without area"] += len(boxes) - len(kept)
+        if len(kept) > max_boxes:
+            dropped[f"image with more than {max_boxes} boxes"] += 1
+            continue
+        name = os.path.relpath(image, out.parent)
+        records.append({"image": name, "width": width, "height": height, "target": target, "boxes": kept, "ignore": ignore})
+    if not records:
+        raise SystemExit(f"nothing converted, {out} not written: {dict(dropped)}")
+    write_jsonl(out, records)
+    counts = [len(record["boxes"]) for record in records]
+    print(f"{out}: {len(records)} images, {sum(counts)} boxes (an image: median {np.median(counts):g}, max {max(counts)}), "
+          f"{sum(len(record['ignore']) for record in records)} ignore regions")
+    for reason, number in dropped.items():
+        print(f"dropped: {number} x {reason}") if number else None
+    draw_records(out, records[:draw])
+
+
+def draw_records(out, records):
+    """Pictures to look at: truth orange, ignore regions grey."""
+    for number, record in enumerate(records):
+        with Image.open(out.parent / record["image"]) as image:
+            picture = ImageOps.exif_transpose(image).convert("RGB")
+        pen, line = ImageDraw.Draw(picture), max(1, picture.width // 300)
+        for boxes, color in ((record["ignore"], (150, 150, 150)), (record["boxes"], (255, 140, 0))):
+            for box in boxes:
+                pen.rectangle(box, outline=color, width=line)
+        picture.save(out.with_name(f"{out.stem}-{number}.png"))
+        print(out.with_name(f"{out.stem}-{number}.png"))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    draws = commands.add_parser("synthetic", help="crowds drawn by Pillow: images, train.jsonl and val.jsonl")
+    draws.add_argument("--out", required=True, help="folder to write")
+    draws.add_argument("--images", type=int, default=2000, help="how many; the last tenth becomes val.jsonl (default 2000)")
+    draws.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
+    draws.add_argument("--size", type=int, default=112, help="side in pixels (default 112, the tiny model's)")
+
+    tiny_model = commands.add_parser("tiny", help="a tiny random Qwen2.5-VL as a Hugging Face folder")
+    tiny_model.add_argument("--out", required=True, help="folder to write")
+    tiny_model.add_argument("--seed", type=int, default=0)
+    tiny_model.add_argument("--size", type=int, default=112, help="numbers up to this one are single tokens (default 112)")
+
+    real = commands.add_parser("crowdhuman", help="CrowdHuman's annotation_<split>.odgt beside its folder Images")
+    real.add_argument("root", help="the folder that holds both")
+    real.add_argument("--split", choices=["train", "val"], required=True)
+    real.add_argument("--out", required=True, help="the JSONL to write")
+    real.add_argument("--max_boxes", type=int, default=60, help="drop images (never boxes) with more people (default 60)")
+    real.add_argument("--draw", type=int, default=0, help="also draw so many images with their boxes, to look at")
+
+    args = parser.parse_args(argv)
+    if args.command == "synthetic":
+        synthetic(args.out, args.images, args.seed, args.size)
+    elif args.command == "tiny":
+        model = tiny(args.out, args.seed, args.size)
+        print(f"{args.out}: a Qwen2.5-VL of {sum(p.numel() for p in model.parameters()):,} random parameters")
+    else:
+        convert(crowdhuman(args.root, args.split), args.out, "person", args.max_boxes, args.draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -594,6 +594,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     for number, layer in enumerate(prefix.layers):
         cache.update(layer.keys.repeat_interleave(G, 0), layer.values.repeat_interleave(G, 0), number)
 
+    rows = torch.arange(P * G, device=device)  # the rows that are still being written
     visible = (torch.arange(end, device=device) < lengths[:, None]).repeat_interleave(G, 0)[:, None, None]
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)[:, None]
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
@@ -604,12 +605,17 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
     for t in range(max_new_tokens):
         logprobs = policy.logprobs(hidden)
-        token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[:, t])
-        tokens[:, t], chosen[:, t] = token, logprobs.gather(1, token[:, None])[:, 0]
-        written += running  # EOS is the last token written
-        running &= ~torch.isin(token, eos)
-        if not running.any() or t + 1 == max_new_tokens:
+        token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
+        tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
+        written[rows] += running[rows]  # EOS is the last token written
+        running[rows] &= ~torch.isin(token, eos)
+        going = running[rows]
+        if not going.any() or t + 1 == max_new_tokens:
             break
+        if going.sum() <= len(rows) // 2:  # most are done: go on with the others alone
+            rows, token, visible, first = rows[going], token[going], visible[going], first[going]
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[going], layer.values[going]
         visible[..., L + t] = True
         hidden = language_model(
             inputs_embeds=policy.model.get_input_embeddings()(token[:, None]), attention_mask=visible,
