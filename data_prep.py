@@ -1,14 +1,17 @@
 """Everything that dipr1.py reads, made here: scenes, a tiny checkpoint, and real annotations as one JSONL.
 
     python data_prep.py synthetic  --out data/synthetic --images 2000 --seed 0     crowds drawn by Pillow
-    python data_prep.py tiny       --out data/tiny                                 a random Qwen2.5-VL of 1M parameters
-    python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl real crowds, from the official files
+    python data_prep.py tiny       --out data/tiny                                 a random Qwen2.5-VL of 1M
+    parameters python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl real crowds,
+    from the official files
 
 One line of the JSONL is one image, in pixels of the original image, boxes as x1, y1, x2, y2:
 
-    {"image": path relative to the file, "width": W, "height": H, "target": "person", "boxes": [...], "ignore": [...]}
+    {"image": path relative to the file, "width": W, "height": H, "target": "person", "boxes": [...],
+    "ignore": [...]}
 
-`ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to annotate).
+`ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to
+annotate).
 """
 import argparse
 import colorsys
@@ -27,7 +30,8 @@ from tqdm import tqdm
 
 
 def write_jsonl(path, records):
-    """Write the records beside `path` and rename: a reader sees the old file or the whole new one, never half of it."""
+    """Write the records beside `path` and rename: a reader sees the old file or the whole new one, never half
+    of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
@@ -36,11 +40,11 @@ def write_jsonl(path, records):
     os.replace(beside, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Synthetic crowds: people who occlude each other, before a street that is not flat
 
 
-OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # a pixel belongs to a figure where it is more there than not
+OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # a pixel is the figure's where it is mostly there
 
 
 def vivid(rng, low=0.3, high=1.0):
@@ -55,7 +59,8 @@ def muted(rng, low, high):
 
 
 def draw_person(rng, height):
-    """One standing or walking person, `height` pixels from crown to sole, on a transparent layer cut to its outline.
+    """One standing or walking person, `height` pixels from crown to sole, on a transparent layer cut to its
+    outline.
 
     Drawn twice too large and scaled down, so that limbs a pixel wide stay smooth.
     """
@@ -76,7 +81,8 @@ def draw_person(rng, height):
     if rng.random() < 0.3:  # a coat or a skirt
         pen.polygon([(middle - shoulder, 0.4 * h), (middle + shoulder, 0.4 * h),
                      (middle + 1.3 * shoulder, 0.72 * h), (middle - 1.3 * shoulder, 0.72 * h)], fill=shirt)
-    pen.rounded_rectangle([middle + lean - shoulder, neck, middle + lean + shoulder, hip + 0.03 * h], 0.05 * h, fill=shirt)
+    chest = [middle + lean - shoulder, neck, middle + lean + shoulder, hip + 0.03 * h]
+    pen.rounded_rectangle(chest, 0.05 * h, fill=shirt)
     x = middle + 1.3 * lean
     pen.ellipse([x - head / 2, 0, x + head / 2, 1.15 * head], fill=skin)
     pen.pieslice([x - head / 2, 0, x + head / 2, 1.15 * head], 180, 360, fill=hair)
@@ -95,8 +101,8 @@ def draw_street(rng, size):
     pen.rectangle([0, horizon, size, size], fill=muted(rng, 130, 215))
     for y in np.geomspace(max(horizon, 1), size, 5)[1:-1]:
         pen.line([0, y, size, y], fill=muted(rng, 90, 160))
-    blotches = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8), dtype=np.uint8)).resize(street.size)
-    return Image.blend(street, blotches.convert("RGB"), 0.2), horizon
+    blotches = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8), dtype=np.uint8))
+    return Image.blend(street, blotches.resize(street.size).convert("RGB"), 0.2), horizon
 
 
 def draw_distractor(rng, scene):
@@ -118,7 +124,8 @@ def overlap(a, b):
 
 
 def place_people(rng, size, horizon):
-    """Figures with their boxes, back to front: one to three clusters, and nearer people larger (perspective)."""
+    """Figures with their boxes, back to front: one to three clusters, and nearer people larger (perspective).
+    """
     centers = rng.uniform(0.15 * size, 0.85 * size, rng.integers(1, 4))
     figures = []
     for _ in range(rng.integers(2, 7)):
@@ -134,7 +141,8 @@ def place_people(rng, size, horizon):
 
 
 def draw_scene(rng, size):
-    """A street with up to six people: (image, boxes, ignore). Whoever is less than a fifth visible is an ignore region."""
+    """A street with up to six people: (image, boxes, ignore). Whoever is less than a fifth visible is an
+    ignore region."""
     scene, horizon = draw_street(rng, size)
     for _ in range(rng.integers(0, 3)):
         draw_distractor(rng, scene)
@@ -156,11 +164,13 @@ def save_scene(job):
     scene, boxes, ignore = draw_scene(np.random.default_rng([seed, number]), size)
     name = f"images/{number:06d}.png"
     scene.save(folder / name, compress_level=1)
-    return {"image": name, "width": size, "height": size, "target": "person", "boxes": boxes, "ignore": ignore}
+    about = {"image": name, "width": size, "height": size, "target": "person"}
+    return about | {"boxes": boxes, "ignore": ignore}
 
 
 def synthetic(out, images, seed, size=112, val=None):
-    """Draw `images` scenes into `out`: train.jsonl, and the last `val` of them (default a tenth) into val.jsonl."""
+    """Draw `images` scenes into `out`: train.jsonl, and the last `val` of them (default a tenth) into
+    val.jsonl."""
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     val = max(1, images // 10) if val is None else val
@@ -171,16 +181,21 @@ def synthetic(out, images, seed, size=112, val=None):
     write_jsonl(out / "val.jsonl", records[images - val :])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A tiny checkpoint: every part of a Qwen2.5-VL folder, at a size that learns on a laptop
 
-QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
-    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
+QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
+<|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
+    <|video_pad|>""".split()
 
 QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered pictures
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -190,8 +205,8 @@ QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered 
 def tiny_tokenizer(size):
     """256 bytes, so that any text can be written, and one token for whatever DIP-R1's template writes often.
 
-    The prompt's fixed sentences are a token each, and so is a number with the comma after it: a box costs 5 tokens
-    (the real tokenizer spends 15 to 35). Short sequences are what makes the demo quick.
+    The prompt's fixed sentences are a token each, and so is a number with the comma after it: a box costs 5
+    tokens (the real tokenizer spends 15 to 35). Short sequences are what makes the demo quick.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -202,20 +217,26 @@ def tiny_tokenizer(size):
     bytewise = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768)
-    sentences = [line for text in (CHAT, QUESTION) for line in re.split(r"<\|.*?\|>|\{.*?\}", text) if len(line) > 1]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768,
+    )
+    fixed = re.split(r"<\|.*?\|>|\{.*?\}", CHAT + QUESTION)  # the prompt without special tokens and {target}
+    sentences = [sentence for sentence in fixed if len(sentence) > 1]
     tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
     numbers = [f"{number}{comma}" for number in range(size + 1) for comma in ("", ", ")]
-    tokenizer.add_tokens(sentences + tags + numbers + ["[[", "], [", "]]", "[]", "person", " people, ", " overlap"])
+    glue = ["[[", "], [", "]]", "[]", "person", " people, ", " overlap"]
+    tokenizer.add_tokens(sentences + tags + numbers + glue)
     tokenizer.chat_template = QWEN_CHAT_TEMPLATE
     return tokenizer
 
 
 def smooth_numbers(embeddings, tokenizer, size, rng):
-    """Start neighbouring numbers as neighbours: a random walk, smoothed over a few pixels, through embedding space.
+    """Start neighbouring numbers as neighbours: a random walk, smoothed over a few pixels, through embedding
+    space.
 
-    A pretrained model knows that 41 is close to 42. Without that, the demo would spend its minutes on learning it.
+    A pretrained model knows that 41 is close to 42. Without that, the demo would spend its minutes on
+    learning it.
     """
     import torch
 
@@ -228,21 +249,28 @@ def smooth_numbers(embeddings, tokenizer, size, rng):
 
 
 def tiny(out, seed=0, size=112):
-    """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder."""
+    """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
+    """
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
     tokenizer = tiny_tokenizer(size)
     token = tokenizer.convert_tokens_to_ids
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32768, initializer_range=0.05,
+        # M-RoPE gives the width its lowest frequencies: at Qwen's base of 1e6, with heads this small, the
+        # picture's four columns of tokens would all look like one.
+        rope_parameters=dict(rope_type="default", rope_theta=10.0, mrope_section=[8, 12, 12]),
+        bos_token_id=token("<|endoftext|>"), pad_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
+    )
+    vision = dict(
+        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+        fullatt_block_indexes=[1], initializer_range=0.05,
+    )
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768,
-                         rope_parameters=dict(rope_type="default", rope_theta=10.0, mrope_section=[4, 6, 6]),
-                         initializer_range=0.05, bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
-                         pad_token_id=token("<|endoftext|>"), tie_word_embeddings=True),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
-                           fullatt_block_indexes=[1], initializer_range=0.05),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), tie_word_embeddings=True,
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
     )
     torch.manual_seed(seed)
@@ -255,19 +283,20 @@ def tiny(out, seed=0, size=112):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Real annotations
 
 
 def crowdhuman(root, split):
-    """CrowdHuman: yield (image path, boxes, ignore) for each line of `annotation_<split>.odgt`, boxes as x1, y1, x2, y2.
+    """CrowdHuman: yield (image path, boxes, ignore) for each line of `annotation_<split>.odgt`, boxes as x1,
+    y1, x2, y2.
 
     The box is `fbox`, the whole person with what others hide, as the benchmark evaluates it. Tag "mask" and
     extra.ignore are ignore regions; `head_attr.ignore` concerns heads only.
     """
     path = Path(root) / f"annotation_{split}.odgt"
     if not path.is_file():
-        raise SystemExit(f"{path} is not there; looked for CrowdHuman's annotation_{split}.odgt beside the folder Images")
+        raise SystemExit(f"{path} is not there: looked for annotation_{split}.odgt beside the folder Images")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry, boxes, ignore = json.loads(line), [], []
@@ -282,21 +311,25 @@ def crowdhuman(root, split):
 
 
 def clip_to_image(boxes, width, height):
-    """Boxes cut to the image (CrowdHuman's run beyond it); what has no area left, or never had one, is dropped."""
+    """Boxes cut to the image (CrowdHuman's run beyond it); what has no area left, or never had one, is
+    dropped."""
     clipped = np.clip(np.reshape(boxes, (-1, 4)), 0, [width, height, width, height])
     return clipped[(clipped[:, 2:] > clipped[:, :2]).all(axis=1)].round(2).tolist()
 
 
 def image_size(path):
-    """(width, height) of an image as people see it, decoded to the last pixel. OSError if it is missing or cut short."""
+    """(width, height) of an image as people see it, decoded to the last pixel. OSError if it is missing or
+    cut short."""
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).size
 
 
 def convert(annotations, out, target, max_boxes, draw):
-    """Annotated images -> the JSONL `out`, images referenced and not copied, and a count of what happened to each.
+    """Annotated images -> the JSONL `out`, images referenced and not copied, and a count of what happened to
+    each.
 
-    An image with more than `max_boxes` is dropped whole: with some of its boxes cut, right answers would be punished.
+    An image with more than `max_boxes` is dropped whole: with some of its boxes cut, right answers would be
+    punished.
     """
     out, records, dropped = Path(out), [], Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -312,16 +345,18 @@ def convert(annotations, out, target, max_boxes, draw):
         if len(kept) > max_boxes:
             dropped[f"image with more than {max_boxes} boxes"] += 1
             continue
-        name = os.path.relpath(image, out.parent)
-        records.append({"image": name, "width": width, "height": height, "target": target, "boxes": kept, "ignore": ignore})
+        about = {"image": os.path.relpath(image, out.parent), "width": width, "height": height}
+        records.append(about | {"target": target, "boxes": kept, "ignore": ignore})
     if not records:
         raise SystemExit(f"nothing converted, {out} not written: {dict(dropped)}")
     write_jsonl(out, records)
     counts = [len(record["boxes"]) for record in records]
-    print(f"{out}: {len(records)} images, {sum(counts)} boxes (an image: median {np.median(counts):g}, max {max(counts)}), "
-          f"{sum(len(record['ignore']) for record in records)} ignore regions")
+    print(f"{out}: {len(records)} images, {sum(counts)} boxes, "
+          f"{sum(len(record['ignore']) for record in records)} ignore regions; "
+          f"boxes an image: median {np.median(counts):g}, max {max(counts)}")
     for reason, number in dropped.items():
-        print(f"dropped: {number} x {reason}") if number else None
+        if number:
+            print(f"dropped: {number} x {reason}")
     draw_records(out, records[:draw])
 
 
@@ -339,26 +374,27 @@ def draw_records(out, records):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", required=True)
 
     draws = commands.add_parser("synthetic", help="crowds drawn by Pillow: images, train.jsonl and val.jsonl")
     draws.add_argument("--out", required=True, help="folder to write")
-    draws.add_argument("--images", type=int, default=2000, help="how many; the last tenth becomes val.jsonl (default 2000)")
+    draws.add_argument("--images", type=int, default=2000, help="a tenth becomes val.jsonl (default 2000)")
     draws.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
     draws.add_argument("--size", type=int, default=112, help="side in pixels (default 112, the tiny model's)")
 
-    tiny_model = commands.add_parser("tiny", help="a tiny random Qwen2.5-VL as a Hugging Face folder")
-    tiny_model.add_argument("--out", required=True, help="folder to write")
-    tiny_model.add_argument("--seed", type=int, default=0)
-    tiny_model.add_argument("--size", type=int, default=112, help="numbers up to this one are single tokens (default 112)")
+    small = commands.add_parser("tiny", help="a tiny random Qwen2.5-VL as a Hugging Face folder")
+    small.add_argument("--out", required=True, help="folder to write")
+    small.add_argument("--seed", type=int, default=0, help="of its random weights (default 0)")
+    small.add_argument("--size", type=int, default=112, help="numbers up to it are a token (default 112)")
 
-    real = commands.add_parser("crowdhuman", help="CrowdHuman's annotation_<split>.odgt beside its folder Images")
+    real = commands.add_parser("crowdhuman", help="annotation_<split>.odgt beside the folder Images")
     real.add_argument("root", help="the folder that holds both")
     real.add_argument("--split", choices=["train", "val"], required=True)
     real.add_argument("--out", required=True, help="the JSONL to write")
-    real.add_argument("--max_boxes", type=int, default=60, help="drop images (never boxes) with more people (default 60)")
-    real.add_argument("--draw", type=int, default=0, help="also draw so many images with their boxes, to look at")
+    real.add_argument("--max_boxes", type=int, default=60, help="drop images with more people (default 60)")
+    real.add_argument("--draw", type=int, default=0, help="also draw so many images with their boxes")
 
     args = parser.parse_args(argv)
     if args.command == "synthetic":

@@ -11,10 +11,10 @@
     python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, Jaccard index of a checkpoint
     python dipr1.py --help                          every knob
 
-The paper's exact equations for the look and the accuracy reward are not public: where a definition is ours, the
-words "our reading" stand beside it. How this file departs from textbook GRPO: a group is scored as ONE row, prompt
-and picture shared by its G completions; the loss is normalised by token over the group; the look reward is credited
-to the tokens that can have earned it.
+The paper's exact equations for the look and the accuracy reward are not public: where a definition is ours,
+the words "our reading" stand beside it. How this file departs from textbook GRPO: a group is scored as ONE
+row, prompt and picture shared by its G completions; the loss is normalised by token over the group; the look
+reward is credited to the tokens that can have earned it.
 """
 import bisect
 import contextlib
@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config
 
 
@@ -54,13 +54,13 @@ def knob(default, help):
 class Config:
     """Every knob, each explained on its line. The command line is made from this."""
 
-    demo: bool = knob(False, "make scenes and a tiny model, then SFT, GRPO and a before/after table, in ten minutes")
+    demo: bool = knob(False, "draw scenes, make a tiny model, train it, show before and after")
     eval: bool = knob(False, "evaluate --model on --data instead of training")
     model: str = knob("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
     data: str = knob("data/train.jsonl", "one image a line, as data_prep.py writes it")
     output_dir: str = knob("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
-    seed: int = knob(0, "data order and sampling follow from it; the same seed repeats a run exactly (on CPU)")
-    max_pixels: int = knob(1280 * 28 * 28, "larger images are scaled down to this area (28 x 28 pixels are a token)")
+    seed: int = knob(0, "of data order and sampling; the same seed repeats a run exactly (on a CPU)")
+    max_pixels: int = knob(1280 * 28 * 28, "larger images are scaled down; 28 x 28 pixels are a token")
 
     steps: int = knob(1000, "GRPO steps")
     prompts_per_step: int = knob(8, "prompts (groups) a step, over all ranks together")
@@ -77,35 +77,36 @@ class Config:
     format_weight: float = knob(1.0, "w_f")
     look_weight: float = knob(0.5, "w_l; more of it wrecks the answers when credited to them")
     accuracy_weight: float = knob(1.0, "w_a")
-    recall_weight: float = knob(0.75, "w, recall's share of the accuracy reward; at 0.5 the policy turns cautious")
-    look_credit: str = knob("section", "tokens that earn the look reward: 'section' = up to </look>, 'completion' = all")
+    recall_weight: float = knob(0.75, "w, recall's share of accuracy; at 0.5 the policy turns cautious")
+    look_credit: str = knob("section", "who earns the look reward: 'section' or 'completion'")
 
     sft_steps: int = knob(0, "supervised steps before GRPO, on the truth written in the template")
     sft_lr: float = knob(1e-5, "their peak learning rate")
     sft_batch: int = knob(32, "images a supervised step, over all ranks together")
 
-    freeze_vision: bool = knob(False, "do not train the vision tower; its features are then computed once a step")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward: slower, far less memory")
-    groups_per_forward: int = knob(1, "groups scored (and images read in SFT) in one forward; more = faster, if it fits")
+    freeze_vision: bool = knob(False, "do not train the vision tower; its features are computed once a step")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward: slower, less memory")
+    groups_per_forward: int = knob(1, "groups scored in one forward; more is faster, if it fits")
     batch_size: int = knob(8, "prompts decoded at once in evaluation")
     limit: int = knob(0, "evaluate on the first so many images only; 0 = all")
     picture_every: int = knob(20, "steps between pictures; 0 = none")
     save_every: int = knob(100, "steps between checkpoints (one more at the end); 0 = none")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Template and parsing: a prompt that asks to look first, and a parser that no completion can crash
 
 CHAT = (  # Qwen2.5-VL's chat template, written out
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 QUESTION = (  # our reading: the paper's prompt is not public
-    "Find every {target} in the image, also where one hides behind another. First describe the whole scene between "
-    "<think> and </think>. Then list the regions where one is hard to tell from the next between <look> and </look>. "
-    "Last list one box for each between <answer> and </answer>. Boxes are a JSON list of [x1, y1, x2, y2] in pixels. "
-    "Example:\n<think>Two, one in front of the other.</think><look>[[10, 20, 58, 90]]</look>"
-    "<answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
+    "Find every {target} in the image, also where one hides behind another. First describe the whole scene "
+    "between <think> and </think>. Then list the regions where one is hard to tell from the next between "
+    "<look> and </look>. Last list one box for each between <answer> and </answer>. Boxes are a JSON list of "
+    "[x1, y1, x2, y2] in pixels. Example:\n<think>Two, one in front of the other.</think>"
+    "<look>[[10, 20, 58, 90]]</look><answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
 )
 TAGS = ["<think>", "</think>", "<look>", "</look>", "<answer>", "</answer>"]
 
@@ -120,8 +121,12 @@ QWEN_BOX = re.compile(
 
 @dataclass
 class Response:
-    """A completion taken apart. `look` and `answer` are (n, 4) arrays of x1, y1, x2, y2 in pixels as the model sees
-    them, unclipped; None where the section is missing or is not a list of boxes (an empty list is shape (0, 4))."""
+    """A completion taken apart.
+
+    `look` and `answer` are (n, 4) arrays of x1, y1, x2, y2 in pixels as the model sees them, not yet clipped
+    to the image. None: the section is missing or no list of boxes, which is not the same as an empty list,
+    (0, 4).
+    """
 
     think: str | None
     look: np.ndarray | None
@@ -130,7 +135,7 @@ class Response:
 
 
 def parse_boxes(text):
-    """`[[1, 2, 3, 4], ...]` or Qwen's `[{"bbox_2d": [1, 2, 3, 4], "label": "person"}, ...]` -> (n, 4), else None."""
+    """`[[1, 2, 3, 4], ...]` or Qwen's `[{"bbox_2d": [1, 2, 3, 4], "label": "person"}]` -> (n, 4), or None."""
     text = text.strip()
     if text.startswith("```") and text.endswith("```"):
         text = text.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
@@ -148,8 +153,8 @@ def parse_boxes(text):
 def parse_response(text):
     """Split a completion on the six tags -> Response. Never raises; linear in the length of the text.
 
-    Well-formed: exactly the six tags, once each, in order, and nothing but white space outside the sections. Of a
-    malformed completion the sections that are there exactly once are still read: a right answer stays right.
+    Well-formed: exactly the six tags, once each, in order, and nothing but white space outside the sections.
+    Of a malformed completion the sections that stand there once are still read: a right answer stays right.
     """
     pieces = re.split("(" + "|".join(TAGS) + ")", text)
     tags, between = pieces[1::2], pieces[2::2]
@@ -171,13 +176,19 @@ def parse_response(text):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Boxes and matching
 
 
+def as_boxes(boxes):
+    """Anything that holds boxes, an empty list too -> (n, 4) floats."""
+    return np.asarray(boxes, float).reshape(-1, 4)
+
+
 def clip_boxes(boxes, width, height):
-    """(n, 4) boxes cut to the image. One that lies outside becomes empty, overlaps nothing, and still counts."""
-    return np.clip(np.asarray(boxes, float).reshape(-1, 4), 0, [width, height, width, height])
+    """(n, 4) boxes cut to the image. One outside becomes empty, overlaps nothing, and still counts as a box.
+    """
+    return np.clip(as_boxes(boxes), 0, [width, height, width, height])
 
 
 def box_area(boxes):
@@ -195,13 +206,15 @@ def box_intersection(a, b):
 # IoU(a, b) = |a n b| / |a u b|
 def box_iou(a, b):
     """(n, 4), (m, 4) -> (n, m) in [0, 1]; 0 where either box is empty."""
+    a, b = as_boxes(a), as_boxes(b)
     intersection = box_intersection(a, b)
     union = box_area(a)[:, None] + box_area(b)[None, :] - intersection
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
 def match_boxes(pred, gt, iou_threshold=0.5):
-    """One-to-one pairs with IoU >= threshold of the largest total IoU -> (pred_idx, gt_idx, ious), (k,) each."""
+    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious), k of each.
+    """
     iou = box_iou(pred, gt)
     iou[iou < iou_threshold] = 0
     rows, cols = linear_sum_assignment(iou, maximize=True)
@@ -210,17 +223,18 @@ def match_boxes(pred, gt, iou_threshold=0.5):
 
 
 def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
-    """(true positives, predictions, truths). Unmatched predictions more than half inside an ignore region are not
-    counted: nobody annotated there, so nobody can say that they are wrong."""
+    """-> (true positives, predictions, truths). Unmatched predictions more than half inside an ignore region
+    are not counted: nobody annotated there, so nobody can say that they are wrong."""
+    pred, ignore = as_boxes(pred), as_boxes([] if ignore is None else ignore)
     pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
     excused = np.zeros(len(pred), bool)
-    if ignore is not None and len(ignore) and len(pred):
+    if len(ignore) and len(pred):
         excused = box_intersection(pred, ignore).max(axis=1) > 0.5 * box_area(pred)
         excused[pred_idx] = False
     return len(pred_idx), len(pred) - int(excused.sum()), len(gt)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The three rewards
 
 
@@ -234,39 +248,40 @@ def format_reward(text):
 
 def coverage(boxes, width, height, cell=14):
     """C(x): how many boxes cover the centre of each 14-pixel cell x -> (height / 14, width / 14) counts."""
-    x, y = np.arange(cell / 2, width, cell), np.arange(cell / 2, height, cell)
+    boxes, x, y = as_boxes(boxes), np.arange(cell / 2, width, cell), np.arange(cell / 2, height, cell)
     in_columns = (boxes[:, 0:1] <= x) & (x <= boxes[:, 2:3])  # (n, W)
     in_rows = (boxes[:, 1:2] <= y) & (y <= boxes[:, 3:4])  # (n, H)
     return in_rows.T.astype(float) @ in_columns.astype(float)
 
 
 # u(x) = min(1, 4 Var_j C_j(x))
-def disagreement(answers, width, height):
-    """Where a list of (n, 4) answers disagrees -> (H, W) in [0, 1]; 1 = they split like a fair coin on one person.
+def disagreement(counts):
+    """Where J >= 2 answers disagree: their coverages (J, H, W) -> (H, W) in [0, 1].
 
-    Counts, not masks: one box around two people and a box for each must disagree, since merging individuals is the
-    very failure that the paper starts from. Fewer than two answers cannot disagree.
+    1 = they split like a fair coin on one person. Counts, not masks: one box around two people and a box for
+    each must disagree, since merging individuals is the very failure that the paper starts from.
     """
-    counts = [coverage(boxes, width, height) for boxes in answers]
-    if len(counts) < 2:
-        return np.zeros_like(coverage(np.zeros((0, 4)), width, height))
     return np.minimum(1, 4 * np.var(counts, axis=0))
 
 
-# r_look,i = 2 sum_x L_i u_i / (sum_x L_i + sum_x u_i),   u_i from the others' answers, L_i(x) = 1 where i looks
+# r_look,i = 2 sum_x L_i u_i / (sum_x L_i + sum_x u_i),   u_i from the others' answers, L_i = 1 where i looks
 def look_rewards(responses, width, height):
     """How well each completion's look finds what the *others* disagree about: G Responses -> (G,) in [0, 1].
 
-    Our reading of the paper's variance-guided look reward: a soft Dice score. Leaving itself out, a completion cannot
-    manufacture the uncertainty that it is paid for. An answer that does not parse is left out of the variance; a look
-    that does not parse earns 0, as does everybody where there is nothing to find.
+    Our reading of the paper's variance-guided look reward: a soft Dice score. Leaving itself out, a
+    completion cannot manufacture the uncertainty that it is paid for. An answer that does not parse is left
+    out of the variance (fewer than two others: u = 0); a look that does not parse earns 0, and so does any
+    where u is 0.
     """
+    counts = {j: coverage(r.answer, width, height) for j, r in enumerate(responses) if r.answer is not None}
     rewards = np.zeros(len(responses))
     for i, response in enumerate(responses):
-        others = [r.answer for j, r in enumerate(responses) if j != i and r.answer is not None]
-        u = disagreement(others, width, height)
-        if response.look is not None and u.any():
-            looked = coverage(response.look, width, height) > 0
+        others = [count for j, count in counts.items() if j != i]
+        if response.look is None or len(others) < 2:
+            continue
+        u = disagreement(others)
+        looked = coverage(response.look, width, height) > 0
+        if u.any():
             rewards[i] = 2 * u[looked].sum() / (looked.sum() + u.sum())
     return rewards
 
@@ -275,9 +290,9 @@ def look_rewards(responses, width, height):
 def accuracy_reward(pred, gt, ignore=None, recall_weight=0.75, iou_threshold=0.5):
     """Weighted precision and recall of (n, 4) boxes in [0, 1]; `pred` None (unparseable) earns 0.
 
-    Our reading of the paper's weighted precision-recall. Nothing there and nothing predicted: 1; one of the two
-    empty: 0. A trap: with w = 0.5, dropping a doubtful box pays whenever its chance to be right is below half the
-    current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.75.
+    Our reading of the paper's weighted precision-recall. Nothing there and nothing predicted: 1; one of the
+    two empty: 0. A trap: with w = 0.5, dropping a doubtful box pays whenever its chance to be right is below
+    half the current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.75.
     """
     if pred is None:
         return 0.0
@@ -287,7 +302,7 @@ def accuracy_reward(pred, gt, ignore=None, recall_weight=0.75, iou_threshold=0.5
     return (1 - recall_weight) * tp / n_pred + recall_weight * tp / n_gt
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Advantages and loss
 
 
@@ -295,7 +310,7 @@ def accuracy_reward(pred, gt, ignore=None, recall_weight=0.75, iou_threshold=0.5
 def group_advantages(rewards):
     """How much better each completion did than its siblings: (P, G) rewards -> (P, G) advantages.
 
-    std is the sample one (ddof 1). A group whose rewards all agree teaches nothing: exactly 0, free of rounding.
+    std is the sample one (ddof 1). A group whose rewards all agree teaches nothing: exactly 0, not rounding.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
@@ -303,13 +318,14 @@ def group_advantages(rewards):
     return (centred / (spread + 1e-4)).masked_fill(all_equal, 0.0)
 
 
-# L = 1/N sum_t [ -min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t) + beta k3_t ],      rho = pi / pi_old
-# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1                          >= 0, an unbiased KL(pi || pi_ref)
+# L = 1/N sum_t [ -min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t) + beta k3_t ],           rho = pi / pi_old
+# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,          never negative; its mean is KL(pi,
+# pi_ref)
 def grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps, beta):
     """The loss of one group on flat (N,) tensors, N = sum_i |o_i|: every token of the group weighs the same.
 
-    `ref_logp` None leaves the KL out. Returns (loss, {"kl", "clip_fraction"}). Exponents are clamped at 20, so that a
-    token which a policy has abandoned gives a large number and not infinity.
+    `ref_logp` None leaves the KL out. Returns (loss, {"kl", "clip_fraction"}). Exponents are clamped at 20,
+    so that a token which a policy has abandoned gives a large number and not infinity.
     """
     rho = (logp - old_logp).clamp(max=20).exp()
     clipped = rho.clamp(1 - clip_eps, 1 + clip_eps)
@@ -319,11 +335,12 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps, beta):
         difference = (ref_logp - logp).clamp(max=20)
         k3 = difference.exp() - difference - 1
     with torch.no_grad():
-        stats = {"kl": k3.mean().item(), "clip_fraction": (rho * advantages > clipped * advantages).float().mean().item()}
+        clip_active = rho * advantages > clipped * advantages
+        stats = {"kl": k3.mean().item(), "clip_fraction": clip_active.float().mean().item()}
     return (per_token + beta * k3).mean(), stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model, and prompts as it sees them
 
 
@@ -344,7 +361,8 @@ class Prompt:
 
 
 def to_model_space(boxes, size, grid):
-    """Boxes in pixels of the original image, size (W, H), -> pixels of the resized one, which Qwen2.5-VL speaks.
+    """Boxes in pixels of the original image, size (W, H), -> pixels of the resized one, which Qwen2.5-VL
+    speaks.
 
     Each axis has its own scale: both sides are rounded to multiples of 28 (1920 x 1080 becomes 1316 x 728).
     """
@@ -359,19 +377,20 @@ def to_image_space(boxes, size, grid):
 
 
 def load_model(cfg, device):
-    """-> (model, tokenizer, image processor) of a Qwen2.5-VL by name or folder; SystemExit says what is wrong."""
+    """-> (model, tokenizer, image processor) of a Qwen2.5-VL by name or folder; SystemExit says what is
+    wrong."""
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype, attn_implementation="sdpa")
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"cannot load --model {cfg.model}: {reason}") from None
-    image_processor.size = {"shortest_edge": image_processor.size["shortest_edge"], "longest_edge": cfg.max_pixels}
+    image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -385,17 +404,19 @@ class Encoder:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.rope_index, self.device = model.model.get_rope_index, model.device
         self.image_token = model.config.image_token_id
-        eos = model.generation_config.eos_token_id
-        self.eos = [eos] if isinstance(eos, int) else list(eos or [tokenizer.eos_token_id])  # Qwen2.5-VL has two
+        eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
+        self.eos = [eos] if isinstance(eos, int) else list(eos)  # Qwen2.5-VL has two
 
     def prompt(self, index, record):
-        """Read the image and build the chat around it -> Prompt. SystemExit names a picture that cannot be read."""
+        """Read the image and build the chat around it -> Prompt. SystemExit names a picture that cannot be
+        read."""
         try:
             image = open_image(record["image"])
         except (OSError, Image.DecompressionBombError) as error:
             raise SystemExit(f"{record['image']}: cannot be read ({error})") from None
         if image.size != (record["width"], record["height"]):
-            raise SystemExit(f"{record['image']} is {image.size}, but its line says {record['width']} x {record['height']}")
+            said = (record["width"], record["height"])
+            raise SystemExit(f"{record['image']} is {image.size}, but its line in the data says {said}")
         seen = self.image_processor(images=[image], return_tensors="pt")
         grid = seen["image_grid_thw"]
         rows, columns = grid[0, 1].item(), grid[0, 2].item()
@@ -413,25 +434,28 @@ class Encoder:
         chat = CHAT.format(question=QUESTION.format(target=target))
         chat = chat.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches a token
         ids = torch.tensor([self.tokenizer(chat, add_special_tokens=False).input_ids])
-        # Without the token types the positions would silently be 1-D, and the model blind to where things are.
-        positions, _ = self.rope_index(ids, (ids == self.image_token).int(), torch.tensor([[1, rows, columns]]))
+        # Without the token types the positions would silently be 1-D, and the model blind to where things
+        # are.
+        token_types, grid = (ids == self.image_token).int(), torch.tensor([[1, rows, columns]])
+        positions, _ = self.rope_index(ids, token_types, grid)
         return ids[0].to(self.device), positions[:, 0].to(self.device)
 
     def decode(self, completion):
-        """Token ids -> text without the closing EOS. Any other special token stays visible, and breaks the format."""
+        """Token ids -> text without the closing EOS. Any other special token stays visible, and breaks the
+        format."""
         ids = completion.tolist()
         return self.tokenizer.decode(ids[:-1] if ids[-1] in self.eos else ids, skip_special_tokens=False)
 
     def look_length(self, completion):
         """How many tokens run up to and including `</look>`; all of them if it never comes."""
-        closed = lambda n: "</look>" in self.tokenizer.decode(completion[:n])  # false, ..., false, true, ..., true
+        closed = lambda n: "</look>" in self.tokenizer.decode(completion[:n])  # false up to some n, then true
         return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
 
     def target(self, prompt):
-        """The supervised target: the truth in the template, left to right, and a look at whoever overlaps someone.
+        """The supervised target: the truth in the template, left to right.
 
-        That look target is our reading. With the first person as the target, look and answer were coupled and the
-        model learned to skip people.
+        Its look is at whoever overlaps someone else, our reading. (With the first person as target, look and
+        answer were coupled, and the model learned to skip people.)
         """
         order = np.argsort(prompt.truth[:, 0], kind="stable")
         boxes = clip_boxes(prompt.truth[order], prompt.width, prompt.height).round().astype(int)
@@ -460,9 +484,9 @@ class Group:
 def pack(group):
     """Lay a group out as one row [ image + prompt | o_1 | o_2 | ... | o_G ] of length L.
 
-    Returns ids (L,), M-RoPE positions (L, 3), segment (L,) - 0 for the prompt, i for o_i - and source (N,): for each
-    completion token the place in the row whose hidden state predicts it. Every completion starts at the position
-    where the prompt ended, so to itself it is the only one.
+    Returns ids (L,), M-RoPE positions (L, 3), segment (L,) - 0 for the prompt, i for o_i - and source (N,):
+    for each completion token the place in the row whose hidden state predicts it. Every completion starts at
+    the position where the prompt ended, so to itself it is the only one.
     """
     prompt, end = group.prompt, len(group.prompt.ids)
     device, first = prompt.ids.device, prompt.positions.max() + 1
@@ -478,30 +502,33 @@ def pack(group):
     return torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(sources)
 
 
-def tree_mask(segment):
-    """(R, L) segments -> (R, 1, L, L), True where row token i may look at j: backwards, at the prompt or its own o_i.
+def tree_mask(segment, dtype):
+    """(R, L) segments -> (R, 1, L, L): 0 where a token may look, -inf elsewhere. It may look back, at the
+    prompt and at its own completion.
 
-    Padding (segment -1) makes a segment of its own: nobody sees it, and it sees something, so no softmax is empty.
+    Padding, segment -1, may look at itself: nobody sees it, but a softmax over nothing would be NaN.
     """
     length = segment.shape[1]
     backwards = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     related = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
-    return (backwards & related)[:, None]
+    nothing = torch.zeros((), dtype=dtype, device=segment.device)
+    return torch.where(backwards & related, nothing, nothing - torch.inf)[:, None]
 
 
 class Policy(nn.Module):
     """A Qwen2.5-VL, and the one question of training: how likely was each token of these groups?
 
-    The forward is the one that DDP wraps. Scoring a packed group runs prompt and vision tower once for G completions.
+    Its forward is the one that DDP wraps; prompt and vision tower run once in it for all G completions.
     """
 
     def __init__(self, model, tokenizer, temperature=1.0):
         super().__init__()
         self.model, self.temperature = model, temperature
         config = model.config
-        # A sampled placeholder would want an image that is not there; ids beyond the tokenizer decode to nothing.
+        # A sampled placeholder would want an image that is not there; ids beyond the tokenizer have no text.
         forbidden = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
-        forbidden[[config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]] = True
+        forbidden[[config.image_token_id, config.video_token_id]] = True
+        forbidden[[config.vision_start_token_id, config.vision_end_token_id]] = True
         self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
 
     def see(self, prompts):
@@ -510,20 +537,21 @@ class Policy(nn.Module):
         return list(self.model.get_image_features(pixels, grid).pooler_output)
 
     def embed(self, ids, features):
-        """Token embeddings (L, D) with the image's features in its placeholders. They all stand in the prompt: a
-        placeholder in a completion (ids beyond the first run) stays an ordinary token."""
+        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. One in a
+        completion, behind them, stays an ordinary token."""
         embeds = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
     def logprobs(self, hidden):
-        """Hidden states (N, D) -> log softmax(logits / T) (N, V) in fp32: what is sampled and what is scored."""
+        """Hidden states (N, D) -> log softmax(logits / T) (N, V) in fp32: what is sampled, and what is
+        scored."""
         logits = self.model.lm_head(hidden).float() / self.temperature
-        return logits.masked_fill(self.forbidden, -1e4).log_softmax(-1)  # exp(-1e4) is 0, and unlike -inf never NaN
+        return logits.masked_fill(self.forbidden, -1e4).log_softmax(-1)  # exp(-1e4) = 0; -inf would give NaN
 
     def token_logprobs(self, hidden, targets, chunk=1024):
-        """log pi of each target, (N, D), (N,) -> (N,). 1,024 tokens at a time, and again in the backward, so that
-        the logits of a whole group (8 x 1,024 x 152k: 5 GB) never exist at once."""
+        """log pi of each target: (N, D), (N,) -> (N,). A chunk of tokens at a time, and again in the
+        backward, so that the logits of a whole group (8 x 1,024 x 152k: 5 GB) never exist at once."""
         score = lambda h, y: self.logprobs(h).gather(1, y[:, None])[:, 0]
         parts = zip(hidden.split(chunk), targets.split(chunk))
         return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in parts])
@@ -531,14 +559,14 @@ class Policy(nn.Module):
     def forward(self, groups, features=None):
         """Groups -> the flat (N,) log-probabilities of all their tokens, group by group.
 
-        `features` are those of `see`, if they are at hand (a frozen tower). Rows of different length are padded to
-        the longest; nothing else is.
+        `features` are those of `see`, if they are at hand (a frozen tower). Rows of different length are
+        padded to the longest; nothing else is.
         """
         features = self.see([group.prompt for group in groups]) if features is None else features
         ids, positions, segments, sources = zip(*map(pack, groups))
         embeds = pad_sequence([self.embed(i, f) for i, f in zip(ids, features)], batch_first=True)
         positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
-        mask = tree_mask(pad_sequence(segments, batch_first=True, padding_value=-1))
+        mask = tree_mask(pad_sequence(segments, batch_first=True, padding_value=-1), embeds.dtype)
         hidden = self.model.model.language_model(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -546,63 +574,83 @@ class Policy(nn.Module):
         return self.token_logprobs(hidden, torch.cat([o for group in groups for o in group.completions]))
 
 
+def in_chunks(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def unwrap(policy):
     """The Policy inside DDP, or the policy itself."""
     return getattr(policy, "module", policy)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rollout: every prompt is read once, its G completions are written side by side
 
 
 def draw_uniforms(seed, step, index, shape):
-    """The random numbers of one prompt at one step, from a generator of its own: sampling is then a function of
-    (seed, step, prompt), and the same on whichever rank, in whatever batch the prompt comes up."""
+    """The random numbers of one prompt at one step, from a generator of its own: sampling is a function of
+    (seed, step, prompt), the same on whichever rank and in whatever batch the prompt comes up."""
     return torch.from_numpy(np.random.default_rng([seed, step, index]).random(shape, dtype=np.float32))
 
 
 # token = min { v : sum_{w <= v} p_w > U },   U uniform in [0, 1)
 def inverse_cdf(logprobs, uniform):
-    """Sample tokens (B,) of the distributions (B, V) with uniforms (B,). The full softmax: no top-k, no top-p, and
-    none of the checkpoint's generation defaults, for the sampled distribution must be the scored one."""
+    """Sample tokens (B,) of the distributions (B, V) with uniforms (B,).
+
+    The full softmax: no top-k, no top-p, none of the checkpoint's generation defaults, for the sampled
+    distribution must be the scored one.
+    """
     cdf = logprobs.exp().cumsum(-1)
-    drawn = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return drawn.clamp(max=logprobs.shape[1] - 1)  # fp32 may round U * sum up to the sum
+    total = cdf[:, -1:]  # 1, but for rounding; U * total must stay below it, whichever way that rounds
+    level = (uniform[:, None] * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, level, right=True)[:, 0]
+
+
+def prefill(policy, prompts, copies, room, features):
+    """Read every prompt once, and make `copies` rows of each, with room for `room` more tokens.
+
+    Returns hidden (B, D), the state after the prompt's last token, B = prompts x copies; a static cache of
+    length L + room; and visible (B, 1, 1, L + room), the columns that hold a token. Prompts are padded on the
+    right to L: under causal attention no real token sees the padding.
+    """
+    from transformers import DynamicCache, StaticCache
+
+    embeds = pad_sequence([policy.embed(p.ids, f) for p, f in zip(prompts, features)], batch_first=True)
+    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=embeds.device)
+    prefix = DynamicCache()
+    hidden = policy.model.model.language_model(
+        inputs_embeds=embeds, position_ids=positions, past_key_values=prefix, use_cache=True
+    ).last_hidden_state
+    hidden = hidden[torch.arange(len(prompts)), lengths - 1]
+    length = embeds.shape[1] + room
+    cache = StaticCache(policy.model.config, max_cache_len=length)
+    for number, layer in enumerate(prefix.layers):
+        keys, values = layer.keys.repeat_interleave(copies, 0), layer.values.repeat_interleave(copies, 0)
+        cache.update(keys, values, number)
+    visible = torch.arange(length, device=embeds.device) < lengths[:, None]
+    return hidden.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
 
 @torch.no_grad()
 def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=None):
-    """Complete each prompt G times -> list of Groups. `uniforms` is (P, G, max_new_tokens); None decodes greedily (G=1).
+    """Complete each prompt G times -> a list of Groups.
 
-    Prompts are prefilled once, padded on the right; their keys and values are then copied G times into a static
-    cache, behind which every row writes its t-th token to the same column.
+    `uniforms` (P, G, max_new_tokens) are the random numbers; None decodes greedily, G = 1. All rows write
+    their t-th token to the same column of the cache; rows that have met EOS are dropped once they are the
+    half.
     """
-    from transformers import DynamicCache, StaticCache
-
     P, G = len(prompts), 1 if uniforms is None else uniforms.shape[1]
-    language_model, device = policy.model.model.language_model, policy.model.device
+    device, eos = policy.model.device, torch.tensor(encoder.eos, device=policy.model.device)
     features = policy.see(prompts) if features is None else features
-    embeds = pad_sequence([policy.embed(p.ids, f) for p, f in zip(prompts, features)], batch_first=True)
-    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
-    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-    L, end = embeds.shape[1], embeds.shape[1] + max_new_tokens
-
-    prefix = DynamicCache()  # causal attention: the padding on the right is seen by no real token
-    hidden = language_model(inputs_embeds=embeds, position_ids=positions, past_key_values=prefix, use_cache=True)
-    hidden = hidden.last_hidden_state[torch.arange(P, device=device), lengths - 1].repeat_interleave(G, 0)
-    cache = StaticCache(policy.model.config, max_cache_len=end)
-    for number, layer in enumerate(prefix.layers):
-        cache.update(layer.keys.repeat_interleave(G, 0), layer.values.repeat_interleave(G, 0), number)
-
-    rows = torch.arange(P * G, device=device)  # the rows that are still being written
-    visible = (torch.arange(end, device=device) < lengths[:, None]).repeat_interleave(G, 0)[:, None, None]
+    hidden, cache, visible = prefill(policy, prompts, G, max_new_tokens, features)
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)[:, None]
+    uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
-    chosen = torch.zeros(P * G, max_new_tokens, device=device)
+    chosen = torch.zeros(P * G, max_new_tokens, device=device)  # log-probabilities of the tokens
     written = torch.zeros(P * G, dtype=torch.long, device=device)
     running = torch.ones(P * G, dtype=torch.bool, device=device)
-    eos = torch.tensor(encoder.eos, device=device)
-    uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
+    rows = torch.arange(P * G, device=device)  # those still in the batch
     for t in range(max_new_tokens):
         logprobs = policy.logprobs(hidden)
         token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
@@ -612,27 +660,44 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
         going = running[rows]
         if not going.any() or t + 1 == max_new_tokens:
             break
-        if going.sum() <= len(rows) // 2:  # most are done: go on with the others alone
+        if going.sum() <= len(rows) // 2:
             rows, token, visible, first = rows[going], token[going], visible[going], first[going]
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[going], layer.values[going]
-        visible[..., L + t] = True
-        hidden = language_model(
+        visible[..., t - max_new_tokens] = True  # the column behind the prompts, t further on
+        hidden = policy.model.model.language_model(
             inputs_embeds=policy.model.get_input_embeddings()(token[:, None]), attention_mask=visible,
             position_ids=(first + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
         ).last_hidden_state[:, 0]
 
-    groups = []
-    for number, prompt in enumerate(prompts):
-        rows = range(number * G, (number + 1) * G)
-        completions = [tokens[row, : written[row]] for row in rows]
-        logp = torch.cat([chosen[row, : written[row]] for row in rows])
-        groups.append(Group(prompt, completions, logp, [encoder.decode(o) for o in completions]))
-    return groups
+    completions = [tokens[row, : written[row]] for row in range(P * G)]
+    logp = [chosen[row, : written[row]] for row in range(P * G)]
+    texts = [encoder.decode(completion) for completion in completions]
+    parts = zip(prompts, in_chunks(completions, G), in_chunks(logp, G), in_chunks(texts, G))
+    return [Group(prompt, os, torch.cat(logps), words) for prompt, os, logps, words in parts]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
+# ------------------------------------------------------------------------------------------------------------
+# Data, and who reads which part of it
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print0(*args):
+    if rank_and_world()[0] == 0:
+        print(*args, flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def progress(items, title, total):
+    """A bar, on rank 0."""
+    return tqdm(items, title, total, disable=rank_and_world()[0] > 0)
 
 
 def open_image(path):
@@ -646,8 +711,10 @@ def load_records(path):
     path = Path(path)
     if not path.is_file():
         raise SystemExit(
-            f"{path} is not there. Make it from CrowdHuman:  python data_prep.py crowdhuman ROOT --split train --out {path}\n"
-            f"or from drawn scenes:  python data_prep.py synthetic --out {path.parent}      or see it all:  python dipr1.py --demo"
+            f"{path} is not there. Make it from CrowdHuman,\n"
+            f"    python data_prep.py crowdhuman ROOT --split train --out {path}\n"
+            f"or draw scenes,\n    python data_prep.py synthetic --out {path.parent}\n"
+            f"or see the whole method at work without any data,\n    python dipr1.py --demo"
         )
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -678,10 +745,16 @@ def batch_indices(n, batch, seed, step):
     return [int(epoch_order(n, seed, k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
 
 
-def batches(encoder, records, batch, seed, steps, rank, world):
-    """Yield (step, this rank's prompts) for each step, the next step's images being read while this one trains."""
+def batches(encoder, records, batch, seed, steps):
+    """Yield (step, this rank's share of its prompts); the next step's images are read while this one trains.
+    """
+    rank, world = rank_and_world()
+    if batch % world:
+        raise SystemExit(f"{batch} images a step cannot be shared out evenly over {world} processes")
+
     def load(step):
-        return [encoder.prompt(i, records[i]) for i in batch_indices(len(records), batch, seed, step)[rank::world]]
+        indices = batch_indices(len(records), batch, seed, step)[rank::world]
+        return [encoder.prompt(index, records[index]) for index in indices]
 
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(load, 0)
@@ -691,20 +764,20 @@ def batches(encoder, records, batch, seed, steps, rank, world):
             yield step, prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One training step
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on fp32 copies of the weights. At learning rate 1e-6 an update is far below bf16's resolution: applied to
-    bf16 weights directly, 98% of them would never move. Of fp32 weights the "copy" is the weight itself."""
+    """AdamW on fp32 copies of the weights (of fp32 weights, the "copy" is the weight itself).
+
+    At learning rate 1e-6 an update is far below bf16's resolution: 98% of bf16 weights would never move.
+    """
 
     def __init__(self, params, **options):
-        groups = list(params)
-        if isinstance(groups[0], dict):  # ZeroRedundancyOptimizer hands over its shard as one parameter group
-            groups = [p for group in groups for p in group["params"]]
-        self.weights = groups
-        self.masters = [weight.detach().float() for weight in groups]
+        groups = list(params)  # weights; or, from ZeroRedundancyOptimizer, a shard of them as parameter groups
+        self.weights = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+        self.masters = [weight.detach().float() for weight in self.weights]
         super().__init__(self.masters, **options)
 
     @torch.no_grad()
@@ -718,7 +791,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(policy):
-    """AdamW, its state sharded over the ranks: each keeps 12 bytes (fp32 weight, two moments) of 1/world of the weights."""
+    """AdamW, its 12 bytes a weight (fp32 copy, two moments) shared out over the ranks."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -736,8 +809,8 @@ def learning_rate(step, steps, peak, warmup):
 def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
     """One optimizer step on sum_chunks loss_of(chunk), gradients averaged over the ranks by DDP -> metrics.
 
-    Each rank runs one backward a chunk, also where nothing is to be learned. Only the last one synchronises. A gradient
-    that is not finite is not finite on every rank after that: all skip the update together.
+    Each rank runs one backward a chunk, also where nothing is to be learned. Only the last one synchronises.
+    A gradient that is not finite is not finite on every rank after that: all skip the update together.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -756,10 +829,6 @@ def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
     return {"loss": total, "grad_norm": norm.item(), "lr": lr, "skipped": float(not finite)}
 
 
-def in_chunks(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     """One supervised step through the same scoring function: a group of one, the truth -> metrics."""
     groups = [Group(prompt, [encoder.target(prompt)]) for prompt in prompts]
@@ -769,29 +838,35 @@ def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
         return -sum(part.mean() for part in logp) / len(groups)
 
     groups.sort(key=lambda group: group.n_tokens)  # rows of one forward are padded to the longest
-    chunks = in_chunks(groups, max(1, cfg.groups_per_forward * cfg.group_size))  # about as many tokens as in GRPO
+    chunks = in_chunks(groups, cfg.groups_per_forward * cfg.group_size)  # as many completions as in GRPO
     return update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
 
 
 def group_rewards(group, recall_weight):
     """(G, 3): the format, look and accuracy reward of each completion."""
     prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
-    answers = [None if r.answer is None else clip_boxes(r.answer, prompt.width, prompt.height) for r in responses]
+    width, height = prompt.width, prompt.height
+    answers = [None if r.answer is None else clip_boxes(r.answer, width, height) for r in responses]
     accuracy = [accuracy_reward(answer, prompt.truth, prompt.ignore, recall_weight) for answer in answers]
-    look = look_rewards(responses, prompt.width, prompt.height)
+    look = look_rewards(responses, width, height)
     return torch.tensor(np.stack([[format_reward(text) for text in group.texts], look, accuracy], axis=1))
+
+
+def reward_weights(cfg):
+    """(w_f, w_l, w_a)"""
+    return torch.tensor([cfg.format_weight, cfg.look_weight, cfg.accuracy_weight], dtype=torch.float64)
 
 
 def token_advantages(encoder, groups, rewards, cfg):
     """Rewards (P, G, 3) -> for each group the flat (N,) advantages of its tokens.
 
-    r_look,i does not depend on completion i's own answer, and the answer is written after the look: its tokens cannot
-    have earned it. Up to </look> tokens get the advantage of the whole r, after it that of r without the look term,
-    each with its own mean and std. Our reading; `--look_credit completion` is the paper's plain sum for every token.
+    r_look,i does not depend on completion i's own answer, and the answer is written after the look: its
+    tokens cannot have earned it. Up to </look> tokens get the advantage of the whole r, after it that of r
+    without the look term, each with its own mean and std. Our reading; `--look_credit completion` is the
+    paper's plain sum for every token.
     """
-    weights = torch.tensor([cfg.format_weight, cfg.look_weight, cfg.accuracy_weight], dtype=rewards.dtype)
-    whole = group_advantages(rewards @ weights)
-    after_look = group_advantages(rewards @ (weights * torch.tensor([1, 0, 1])))
+    whole = group_advantages(rewards @ reward_weights(cfg))
+    after_look = group_advantages(rewards @ (reward_weights(cfg) * torch.tensor([1, 0, 1])))
     if cfg.look_credit == "completion":
         after_look = whole
     flat = []
@@ -822,34 +897,34 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
 
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
     advantages = token_advantages(encoder, groups, rewards, cfg)
-    old, ref, stats = [None] * len(groups), [None] * len(groups), []
+    old, ref, stats = {}, {}, []  # log-probabilities before the update, and under the reference, by prompt
 
     def score(model, chunk):
         seen = None if features is None else [features[p] for p in chunk]
         chosen = [groups[p] for p in chunk]
-        return model(chosen, seen).split([group.n_tokens for group in chosen])
+        return dict(zip(chunk, model(chosen, seen).split([group.n_tokens for group in chosen])))
 
     def loss_of(chunk):
-        if reference is not None and ref[chunk[0]] is None:
+        if reference is not None and chunk[0] not in ref:
             with torch.no_grad():
-                ref[chunk[0] : chunk[-1] + 1] = score(reference, chunk)
+                ref.update(score(reference, chunk))
         loss = 0.0
-        for p, logp in zip(chunk, score(policy, chunk)):
-            if old[p] is None:  # before the first update pi_old is pi itself
-                old[p] = logp.detach()
-            group_loss, group_stats = grpo_loss(logp, old[p], ref[p], advantages[p], cfg.clip_eps, cfg.beta)
-            loss = loss + group_loss / len(groups)
-            stats.append(group_stats)
+        for p, logp in score(policy, chunk).items():
+            before = old.setdefault(p, logp.detach())  # until the first update, pi_old is pi itself
+            part, part_stats = grpo_loss(logp, before, ref.get(p), advantages[p], cfg.clip_eps, cfg.beta)
+            loss = loss + part / len(groups)
+            stats.append(part_stats)
         return loss
 
-    chunks = in_chunks(range(len(groups)), cfg.groups_per_forward)
+    by_length = sorted(range(len(groups)), key=lambda p: groups[p].n_tokens)  # rows of a forward are padded
+    chunks = in_chunks(by_length, cfg.groups_per_forward)
     for _ in range(cfg.num_iterations):
         metrics = update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
     metrics |= {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
-    metrics |= describe(groups, rewards, old, encoder, cfg)
-    now = time.perf_counter()
-    tokens = sum(group.n_tokens for group in groups)
-    metrics |= {"seconds": now - started, "seconds_rollout": rolled_out - started, "tokens_per_second": tokens / (now - started)}
+    metrics |= describe(groups, rewards, [old[p] for p in range(len(groups))], encoder, cfg)
+    seconds = time.perf_counter() - started
+    metrics |= {"seconds": seconds, "seconds_rollout": rolled_out - started}
+    metrics |= {"tokens_per_second": sum(group.n_tokens for group in groups) / seconds}
     return metrics, groups
 
 
@@ -857,8 +932,7 @@ def describe(groups, rewards, logp, encoder, cfg):
     """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
     completions = [o for group in groups for o in group.completions]
     answers = [parse_response(text).answer for group in groups for text in group.texts]
-    weights = torch.tensor([cfg.format_weight, cfg.look_weight, cfg.accuracy_weight], dtype=rewards.dtype)
-    total = rewards @ weights
+    total = rewards @ reward_weights(cfg)
     return {
         "reward": total.mean().item(),
         "reward_format": rewards[..., 0].mean().item(),
@@ -875,29 +949,15 @@ def describe(groups, rewards, logp, encoder, cfg):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints, log, pictures
-
-
-def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def print0(*args):
-    if rank_and_world()[0] == 0:
-        print(*args, flush=True)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def save_checkpoint(policy, encoder, optimizer, step, cfg):
     """Write `checkpoint-<step>` beside its place and rename it: what bears that name is complete.
 
-    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step and the config. There
-    is no generator state to keep: all randomness is a function of (seed, step, prompt).
+    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step and the
+    config. There is no generator state to keep: all randomness is a function of (seed, step, prompt).
     """
     rank, world = rank_and_world()
     final = Path(cfg.output_dir) / f"checkpoint-{step:06d}"
@@ -921,10 +981,11 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
 
 
 class Log:
-    """metrics.jsonl, the figures on the bar, and TensorBoard if it happens to be installed. Only rank 0 writes."""
+    """metrics.jsonl, the figures on the bar, TensorBoard if it happens to be installed; rank 0 writes them.
+    """
 
     def __init__(self, folder):
-        self.file, self.board = None, None
+        self.file, self.board, self.skipped = None, None, 0
         if rank_and_world()[0] != 0:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -935,22 +996,25 @@ class Log:
             self.board = SummaryWriter(folder)
 
     def write(self, phase, step, metrics, bar):
-        """Average a step's metrics over the ranks (a call for all of them) and write them down -> the averages."""
+        """Average a step's metrics over the ranks (all of them must call) and write them down."""
         names, values = list(metrics), torch.tensor(list(metrics.values()), dtype=torch.float64)
         if dist.is_initialized():
             on_device = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(on_device)
             values = on_device.cpu() / dist.get_world_size()
         metrics = dict(zip(names, values.tolist()))
+        self.skipped = self.skipped + 1 if metrics["skipped"] else 0
+        if self.skipped == 10:
+            raise SystemExit(f"{phase} step {step}: ten gradients in a row not finite; lower --lr")
         if self.file:
             self.file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
             self.file.flush()
-            shown = ("loss", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "completion_length")
-            bar.set_postfix_str(" ".join(f"{name.replace('reward_', '')} {metrics[name]:.3g}" for name in shown if name in metrics))
+            shown = ("loss", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "boxes")
+            shown = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
+            bar.set_postfix({name.removeprefix("reward_"): value for name, value in shown.items()})
         if self.board:
             for name, value in metrics.items():
                 self.board.add_scalar(f"{phase}/{name}", value, step)
-        return metrics
 
 
 def draw_boxes(image, boxes, scale, color, line):
@@ -961,16 +1025,17 @@ def draw_boxes(image, boxes, scale, color, line):
 
 
 def draw_picture(group, path, height=448):
-    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and beside it
-    the map of where the group's answers disagree - what the look is paid to find."""
+    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and
+    beside it the map of where the group's answers disagree - what the look is paid to find."""
     prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
     scale = height / prompt.height
     size = (round(prompt.width * scale), height)
     image = open_image(prompt.record["image"]).resize(size)
-    unsure = disagreement([r.answer for r in responses if r.answer is not None], prompt.width, prompt.height)
-    heat = Image.fromarray((255 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    counts = [coverage(r.answer, prompt.width, prompt.height) for r in responses if r.answer is not None]
+    unsure = disagreement(counts) if len(counts) > 1 else np.zeros((prompt.height // 14, prompt.width // 14))
+    heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
-    doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat.point([v * 3 // 4 for v in range(256)]))
+    doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
     none = np.zeros((0, 4))
     look, answer = (none if boxes is None else boxes for boxes in (responses[0].look, responses[0].answer))
     draw_boxes(image, answer, scale, (255, 140, 0), 4)
@@ -988,7 +1053,7 @@ def draw_picture(group, path, height=448):
     sheet.save(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 EVALUATION = 2**31  # stands where training has its step: evaluation draws numbers that training never sees
@@ -1020,8 +1085,9 @@ def sum_over_ranks(sums):
 def evaluate(policy, encoder, records, cfg):
     """Score a policy on held-out images, shared out over the ranks -> dict of figures.
 
-    Every image is answered once greedily, as the model would be used, and G times at temperature T, as it is trained.
-    IoU is taken in model space: each axis is scaled alike for truth and answer, which leaves it as it is.
+    Every image is answered once greedily, as the model would be used, and G times at temperature T, as it is
+    trained. IoU is taken in model space: each axis is scaled alike for truth and answer, which leaves it as
+    it is.
 
         precision, recall, f1   over the boxes of all images together, at IoU 0.5
         jaccard                 CrowdHuman's index k / (m + n - k), averaged over images
@@ -1033,10 +1099,10 @@ def evaluate(policy, encoder, records, cfg):
     policy, (rank, world) = unwrap(policy).eval(), rank_and_world()
     greedy, sampled = Counter(), Counter()
     chunks = in_chunks(list(enumerate(records))[rank::world], cfg.batch_size)
-    for chunk in tqdm(chunks, "evaluating", disable=rank > 0, leave=False):
+    for chunk in progress(chunks, "evaluating", len(chunks)):
         prompts = [encoder.prompt(index, record) for index, record in chunk]
         shape = (cfg.group_size, cfg.max_new_tokens)
-        uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, prompt.index, shape) for prompt in prompts])
+        uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
         features = policy.see(prompts)
         best = rollout(policy, encoder, prompts, cfg.max_new_tokens, None, features)
         groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms, features)
@@ -1074,7 +1140,7 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Main: load, warm up, GRPO; or evaluate; or the demo
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
@@ -1085,7 +1151,7 @@ DEMO_SCENES, DEMO_HELD_OUT = 6000, 400
 
 
 def setup(cfg):
-    """Process group (under torchrun), device, model -> (policy, encoder). The policy is wrapped in DDP by `parallel`."""
+    """Process group (under torchrun), device, model -> (policy, encoder)."""
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cpu")
@@ -1096,38 +1162,26 @@ def setup(cfg):
     return Policy(model, tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
 
 
-def stop_if_hopeless(skipped, phase, step):
-    """Ten updates skipped in a row mean that the run is lost."""
-    if skipped == 10:
-        raise SystemExit(f"{phase} step {step}: ten gradients in a row were not finite; lower --lr or --sft_lr")
-
-
 def train_sft(policy, encoder, records, cfg, log):
     """The supervised warm-up: the paper's SFT baseline, and the demo's cold start."""
-    optimizer, (rank, world), skipped = make_optimizer(policy), rank_and_world(), 0
-    steps = batches(encoder, records, cfg.sft_batch, cfg.seed, cfg.sft_steps, rank, world)
-    bar = tqdm(steps, "SFT", cfg.sft_steps, disable=rank > 0)
+    optimizer = make_optimizer(policy)
+    bar = progress(batches(encoder, records, cfg.sft_batch, cfg.seed, cfg.sft_steps), "SFT", cfg.sft_steps)
     for step, prompts in bar:
         lr = learning_rate(step, cfg.sft_steps, cfg.sft_lr, cfg.warmup_steps)
-        metrics = log.write("sft", step, sft_step(policy, optimizer, encoder, prompts, cfg, lr), bar)
-        skipped = skipped + 1 if metrics["skipped"] else 0
-        stop_if_hopeless(skipped, "SFT", step)
+        log.write("sft", step, sft_step(policy, optimizer, encoder, prompts, cfg, lr), bar)
 
 
 def train_grpo(policy, encoder, records, cfg, log):
     """GRPO. The reference model is the policy as it comes in, after the warm-up if there was one."""
-    optimizer, (rank, world), skipped = make_optimizer(policy), rank_and_world(), 0
+    optimizer = make_optimizer(policy)
     reference = copy.deepcopy(unwrap(policy)).eval().requires_grad_(False) if cfg.beta else None
-    steps = batches(encoder, records, cfg.prompts_per_step, cfg.seed, cfg.steps, rank, world)
-    bar = tqdm(steps, "GRPO", cfg.steps, disable=rank > 0)
+    bar = progress(batches(encoder, records, cfg.prompts_per_step, cfg.seed, cfg.steps), "GRPO", cfg.steps)
     for step, prompts in bar:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_steps)
         metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
-        metrics = log.write("grpo", step, metrics, bar)
-        skipped = skipped + 1 if metrics["skipped"] else 0
-        stop_if_hopeless(skipped, "GRPO", step)
+        log.write("grpo", step, metrics, bar)
         done = step + 1
-        if rank == 0 and cfg.picture_every and done % cfg.picture_every == 0:
+        if rank_and_world()[0] == 0 and cfg.picture_every and done % cfg.picture_every == 0:
             draw_picture(groups[0], Path(cfg.output_dir) / "pictures" / f"step-{done:06d}.png")
         if cfg.save_every and (done % cfg.save_every == 0 or done == cfg.steps):
             save_checkpoint(policy, encoder, optimizer, done, cfg)
@@ -1158,7 +1212,8 @@ def run_evaluation(cfg):
     figures = evaluate(policy, encoder, records, cfg)
     print_table({Path(cfg.model).name: figures})
     if rank_and_world()[0] == 0:
-        write_json(Path(cfg.output_dir) / "eval.json", {"model": cfg.model, "data": cfg.data, "images": len(records), **figures})
+        about = {"model": cfg.model, "data": cfg.data, "images": len(records)}
+        write_json(Path(cfg.output_dir) / "eval.json", about | figures)
 
 
 def run_demo(cfg):
@@ -1179,7 +1234,7 @@ def run_demo(cfg):
     print_table({"SFT": sft, "DIP-R1": after})
     seconds = round(time.time() - started)
     write_json(folder / "summary.json", {"seed": cfg.seed, "seconds": seconds, "sft": sft, "dipr1": after})
-    print0(f"\n{seconds} s. Figures: {folder}/summary.json, {folder}/metrics.jsonl; pictures: {folder}/pictures")
+    print0(f"\n{seconds} s. Written: {folder}/summary.json, metrics.jsonl and pictures/")
 
 
 def main(argv=None):

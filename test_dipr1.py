@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import data_prep
@@ -38,7 +39,7 @@ def response(answer, look=()):
     return Response("t", None if look is None else boxes(*look), None if answer is None else boxes(*answer), True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parsing: no completion crashes it, none gets more credit than it should
 
 
@@ -111,7 +112,7 @@ def test_garbage_is_parsed_in_no_time_and_never_rewarded(name):
     assert 0 <= dipr1.look_rewards([parsed, parsed, parsed], 56, 56).min()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Boxes and matching
 
 
@@ -161,7 +162,7 @@ def test_matching_is_hungarian_where_greedy_would_lose_a_pair():
     assert len(dipr1.match_boxes(pred, gt)[0]) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Accuracy reward
 
 
@@ -212,7 +213,7 @@ def test_equal_weights_reward_dropping_a_doubtful_box_and_recall_weight_does_not
     assert gain(0.35, 0.5) < 0 < gain(0.35, 0.75)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Look reward
 
 
@@ -262,7 +263,8 @@ def test_look_reward_by_hand():
 def test_one_box_over_two_people_disagrees_with_a_box_for_each():
     """Merging individuals is what the paper is about: a mask of covered cells would see no difference here."""
     merged, apart = [[0, 0, 56, 56]], [[0, 0, 42, 56], [14, 0, 56, 56]]
-    assert dipr1.disagreement([boxes(*merged), boxes(*apart)], 112, 112).sum() > 0
+    counts = [dipr1.coverage(boxes(*answer), 112, 112) for answer in (merged, apart)]
+    assert ((counts[0] > 0) == (counts[1] > 0)).all() and dipr1.disagreement(counts).sum() > 0
 
 
 def test_look_hacks_earn_little():
@@ -284,7 +286,7 @@ def test_the_best_look_is_the_cells_above_half_the_best_score():
     assert set(best) == set(np.flatnonzero(u > score[best] / 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Advantages and loss
 
 
@@ -345,7 +347,7 @@ def test_an_abandoned_token_gives_a_large_number_not_infinity():
     assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model: a packed group against the plain way
 
 
@@ -464,7 +466,7 @@ def test_any_text_survives_the_tiny_tokenizer(tiny):
         assert encoder.tokenizer.decode(encoder.tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rollout: what is sampled is what is scored
 
 
@@ -547,7 +549,7 @@ def test_a_stray_special_token_breaks_the_format(tiny):
     assert dipr1.format_reward(encoder.decode(torch.tensor(ids + [stray] + encoder.eos[:1]))) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Credit, targets, data
 
 
@@ -560,7 +562,7 @@ def test_the_look_reward_reaches_exactly_the_tokens_up_to_its_closing_tag(tiny):
         assert "</look>" not in encoder.tokenizer.decode(o[: n - 1])
         assert ("</look>" in encoder.tokenizer.decode(o[:n])) == ("</look>" in text)
     group = Group(prompts[0], tokens, texts=texts)
-    rewards = torch.tensor([[[1.0, 0.9, 0.5], [1.0, 0.0, 0.5], [1.0, 0.2, 0.5]]])  # they differ in the look alone
+    rewards = torch.tensor([[[1.0, 0.9, 0.5], [1.0, 0.0, 0.5], [1.0, 0.2, 0.5]]]).double()  # they differ in the look alone
     (advantage,) = dipr1.token_advantages(encoder, [group], rewards, Config(look_credit="section"))
     first = advantage[: len(tokens[0])]
     n = encoder.look_length(tokens[0])
@@ -606,7 +608,7 @@ def test_a_broken_image_is_named(tiny, tmp_path):
     record = {"image": str(tmp_path / "cut.png"), "width": 112, "height": 112, "target": "person", "boxes": [], "ignore": []}
     with pytest.raises(SystemExit, match="cut.png"):
         encoder.prompt(0, record)
-    with pytest.raises(SystemExit, match="0.png.*50 x 112"):  # annotated in other pixels: every box would be wrong
+    with pytest.raises(SystemExit, match="0.png is .112, 112., but.*.50, 112."):  # annotated in other pixels: every box would be wrong
         encoder.prompt(0, record | {"image": str(tiny[1].parent / "0.png"), "width": 50})
 
 
@@ -617,7 +619,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert dipr1.open_image(tmp_path / "turned.jpg").size == data_prep.image_size(tmp_path / "turned.jpg") == (20, 40)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training steps
 
 
@@ -730,8 +732,17 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny, poison):
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     metrics = dipr1.update(policy, optimizer, [[random_group(prompts[0])]], lambda chunk: policy(chunk).mean(), 1e-3, 1.0)
     assert metrics["skipped"] == 0 and not torch.equal(policy.model.lm_head.weight, before["model.lm_head.weight"])
-    with pytest.raises(SystemExit, match="ten gradients in a row"):
-        dipr1.stop_if_hopeless(10, "GRPO", 12)
+
+
+def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path):
+    log, bar, metrics = dipr1.Log(tmp_path), tqdm(disable=True), {"loss": float("nan"), "skipped": 1.0}
+    for step in range(9):
+        log.write("grpo", step, metrics, bar)
+    log.write("grpo", 9, metrics | {"skipped": 0.0}, bar)
+    for step in range(10, 19):
+        log.write("grpo", step, metrics, bar)
+    with pytest.raises(SystemExit, match="grpo step 19: ten gradients in a row"):
+        log.write("grpo", 19, metrics, bar)
 
 
 def test_bf16_weights_move_at_a_learning_rate_that_bf16_cannot_see():
@@ -776,7 +787,7 @@ def test_sft_learns_a_scene_by_heart_and_the_evaluation_sees_it(tiny):
     assert figures["boxes_per_image"] == figures["truth_boxes_per_image"] == np.mean([len(p.truth) for p in prompts[:4]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line, as a user types it
 
 
@@ -843,7 +854,7 @@ def test_a_checkpoint_cut_short_is_an_error_in_a_line(tiny, tmp_path):
         dipr1.load_model(Config(model=str(tmp_path)), torch.device("cpu"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # data_prep.py
 
 
