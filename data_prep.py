@@ -128,9 +128,9 @@ def place_people(rng, size, horizon):
     """
     centers = rng.uniform(0.15 * size, 0.85 * size, rng.integers(1, 4))
     figures = []
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(2, 6)):
         sole = int(rng.uniform(horizon + 0.2 * size, size))
-        height = int((0.26 + 0.42 * (sole - horizon) / (size - horizon)) * size * rng.uniform(0.85, 1.1))
+        height = int((0.32 + 0.36 * (sole - horizon) / (size - horizon)) * size * rng.uniform(0.85, 1.1))
         figure = draw_person(rng, height)
         left = int(rng.choice(centers) + rng.normal(0, 0.13 * size) - figure.width / 2)
         left, top = min(max(left, 0), size - figure.width), max(sole - figure.height, 0)
@@ -141,7 +141,7 @@ def place_people(rng, size, horizon):
 
 
 def draw_scene(rng, size):
-    """A street with up to six people: (image, boxes, ignore). Whoever is less than a fifth visible is an
+    """A street with up to five people: (image, boxes, ignore). Whoever is less than a fifth visible is an
     ignore region."""
     scene, horizon = draw_street(rng, size)
     for _ in range(rng.integers(0, 3)):
@@ -258,11 +258,12 @@ def tiny(out, seed=0, size=112):
     token = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32768, initializer_range=0.05,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, initializer_range=0.05,
         # M-RoPE gives the width its lowest frequencies: at Qwen's base of 1e6, with heads this small, the
         # picture's four columns of tokens would all look like one.
-        rope_parameters=dict(rope_type="default", rope_theta=10.0, mrope_section=[8, 12, 12]),
-        bos_token_id=token("<|endoftext|>"), pad_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
+        rope_parameters=dict(rope_type="default", rope_theta=10.0, mrope_section=[4, 6, 6]),
+        bos_token_id=token("<|endoftext|>"), pad_token_id=token("<|endoftext|>"),
+        eos_token_id=token("<|im_end|>"),
     )
     vision = dict(
         depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,

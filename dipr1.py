@@ -368,12 +368,12 @@ def to_model_space(boxes, size, grid):
     """
     _, rows, columns = grid.flatten().tolist()
     scale = [14 * columns / size[0], 14 * rows / size[1]] * 2
-    return np.asarray(boxes, float).reshape(-1, 4) * scale
+    return as_boxes(boxes) * scale
 
 
 def to_image_space(boxes, size, grid):
     """The way back: `to_image_space(to_model_space(b, size, grid), size, grid)` is b."""
-    return np.asarray(boxes, float).reshape(-1, 4) / to_model_space([[1, 1, 1, 1]], size, grid)
+    return as_boxes(boxes) / to_model_space([[1, 1, 1, 1]], size, grid)
 
 
 def load_model(cfg, device):
@@ -393,7 +393,7 @@ def load_model(cfg, device):
     image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model.to(device), tokenizer, image_processor
 
 
@@ -408,8 +408,7 @@ class Encoder:
         self.eos = [eos] if isinstance(eos, int) else list(eos)  # Qwen2.5-VL has two
 
     def prompt(self, index, record):
-        """Read the image and build the chat around it -> Prompt. SystemExit names a picture that cannot be
-        read."""
+        """Read the image and build the chat around it -> Prompt. SystemExit names an image that fails."""
         try:
             image = open_image(record["image"])
         except (OSError, Image.DecompressionBombError) as error:
@@ -434,15 +433,13 @@ class Encoder:
         chat = CHAT.format(question=QUESTION.format(target=target))
         chat = chat.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches a token
         ids = torch.tensor([self.tokenizer(chat, add_special_tokens=False).input_ids])
-        # Without the token types the positions would silently be 1-D, and the model blind to where things
-        # are.
+        # Without the token types positions would silently be 1-D, and the model blind to where things are.
         token_types, grid = (ids == self.image_token).int(), torch.tensor([[1, rows, columns]])
         positions, _ = self.rope_index(ids, token_types, grid)
         return ids[0].to(self.device), positions[:, 0].to(self.device)
 
     def decode(self, completion):
-        """Token ids -> text without the closing EOS. Any other special token stays visible, and breaks the
-        format."""
+        """Token ids -> text, less the closing EOS. Other special tokens stay visible and break the format."""
         ids = completion.tolist()
         return self.tokenizer.decode(ids[:-1] if ids[-1] in self.eos else ids, skip_special_tokens=False)
 
@@ -460,7 +457,7 @@ class Encoder:
         order = np.argsort(prompt.truth[:, 0], kind="stable")
         boxes = clip_boxes(prompt.truth[order], prompt.width, prompt.height).round().astype(int)
         iou = box_iou(prompt.truth[order], prompt.truth[order])
-        crowded = boxes[(iou - np.eye(len(iou)) > 0.05).any(axis=1)]
+        crowded = boxes[(iou - np.eye(len(iou)) > 0.2).any(axis=1)]
         text = (f"<think>{len(boxes)} people, {len(crowded)} overlap</think><look>{crowded.tolist()}</look>"
                 f"<answer>{boxes.tolist()}</answer>")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
@@ -537,8 +534,8 @@ class Policy(nn.Module):
         return list(self.model.get_image_features(pixels, grid).pooler_output)
 
     def embed(self, ids, features):
-        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. One in a
-        completion, behind them, stays an ordinary token."""
+        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder further on, in
+        a completion, stays an ordinary token."""
         embeds = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
@@ -640,6 +637,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     their t-th token to the same column of the cache; rows that have met EOS are dropped once they are the
     half.
     """
+    policy.eval()
     P, G = len(prompts), 1 if uniforms is None else uniforms.shape[1]
     device, eos = policy.model.device, torch.tensor(encoder.eos, device=policy.model.device)
     features = policy.see(prompts) if features is None else features
@@ -775,7 +773,7 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params, **options):
-        groups = list(params)  # weights; or, from ZeroRedundancyOptimizer, a shard of them as parameter groups
+        groups = list(params)  # weights, or a shard of them as groups, from ZeroRedundancyOptimizer
         self.weights = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
         self.masters = [weight.detach().float() for weight in self.weights]
         super().__init__(self.masters, **options)
@@ -812,6 +810,7 @@ def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
     Each rank runs one backward a chunk, also where nothing is to be learned. Only the last one synchronises.
     A gradient that is not finite is not finite on every rank after that: all skip the update together.
     """
+    policy.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
     total = 0.0
@@ -890,9 +889,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
             features = plain.see(prompts)
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
-    plain.eval()
     groups = rollout(plain, encoder, prompts, cfg.max_new_tokens, uniforms, features)
-    plain.train()
     rolled_out = time.perf_counter()
 
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
@@ -1019,14 +1016,14 @@ class Log:
 
 def draw_boxes(image, boxes, scale, color, line):
     pen = ImageDraw.Draw(image)
-    for x1, y1, x2, y2 in np.asarray(boxes).reshape(-1, 4) * scale:
+    for x1, y1, x2, y2 in as_boxes(boxes) * scale:
         if x1 < x2 and y1 < y2:
             pen.rectangle([x1, y1, x2, y2], outline=color, width=line)
 
 
 def draw_picture(group, path, height=448):
-    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and
-    beside it the map of where the group's answers disagree - what the look is paid to find."""
+    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and the
+    map of where the group's answers disagree, which is what the look is paid to find."""
     prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
     scale = height / prompt.height
     size = (round(prompt.width * scale), height)
@@ -1036,8 +1033,7 @@ def draw_picture(group, path, height=448):
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
     doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
-    none = np.zeros((0, 4))
-    look, answer = (none if boxes is None else boxes for boxes in (responses[0].look, responses[0].answer))
+    look, answer = ([] if boxes is None else boxes for boxes in (responses[0].look, responses[0].answer))
     draw_boxes(image, answer, scale, (255, 140, 0), 4)
     draw_boxes(image, prompt.truth, scale, (255, 255, 255), 1)
     draw_boxes(image, look, scale, (60, 220, 60), 2)
@@ -1086,8 +1082,7 @@ def evaluate(policy, encoder, records, cfg):
     """Score a policy on held-out images, shared out over the ranks -> dict of figures.
 
     Every image is answered once greedily, as the model would be used, and G times at temperature T, as it is
-    trained. IoU is taken in model space: each axis is scaled alike for truth and answer, which leaves it as
-    it is.
+    trained. IoU is taken in model space: scaling an axis of truth and answer alike leaves it as it is.
 
         precision, recall, f1   over the boxes of all images together, at IoU 0.5
         jaccard                 CrowdHuman's index k / (m + n - k), averaged over images
@@ -1096,7 +1091,7 @@ def evaluate(policy, encoder, records, cfg):
         boxes_per_image, truth_boxes_per_image
         sampled_f1, sampled_look_reward     the same of the sampled completions
     """
-    policy, (rank, world) = unwrap(policy).eval(), rank_and_world()
+    policy, (rank, world) = unwrap(policy), rank_and_world()
     greedy, sampled = Counter(), Counter()
     chunks = in_chunks(list(enumerate(records))[rank::world], cfg.batch_size)
     for chunk in progress(chunks, "evaluating", len(chunks)):
@@ -1144,10 +1139,10 @@ def write_json(path, content):
 # Main: load, warm up, GRPO; or evaluate; or the demo
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=96, batch_size=64, sft_steps=1500, sft_lr=2e-3, sft_batch=16,
-    steps=100, prompts_per_step=32, groups_per_forward=4, lr=1e-4, save_every=0,
+    output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=850, sft_lr=2e-3, sft_batch=16,
+    steps=60, prompts_per_step=32, groups_per_forward=4, lr=2.5e-4, save_every=0,
 )
-DEMO_SCENES, DEMO_HELD_OUT = 6000, 400
+DEMO_SCENES, DEMO_HELD_OUT = 5000, 250
 
 
 def setup(cfg):
