@@ -30,6 +30,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Config:
     look_weight: float = knob(0.5, "w_l; more of it wrecks the answers when credited to them")
     accuracy_weight: float = knob(1.0, "w_a")
     recall_weight: float = knob(0.75, "w, recall's share of accuracy; at 0.5 the policy turns cautious")
-    look_credit: str = knob("section", "who earns the look reward: 'section' or 'completion'")
+    look_credit: Literal["section", "completion"] = knob("section", "tokens that earn the look reward")
 
     sft_steps: int = knob(0, "supervised steps before GRPO, on the truth written in the template")
     sft_lr: float = knob(1e-5, "their peak learning rate")
@@ -186,8 +187,7 @@ def as_boxes(boxes):
 
 
 def clip_boxes(boxes, width, height):
-    """(n, 4) boxes cut to the image. One outside becomes empty, overlaps nothing, and still counts as a box.
-    """
+    """(n, 4) boxes cut to the image. One outside becomes empty, overlaps nothing, and still counts."""
     return np.clip(as_boxes(boxes), 0, [width, height, width, height])
 
 
@@ -213,8 +213,7 @@ def box_iou(a, b):
 
 
 def match_boxes(pred, gt, iou_threshold=0.5):
-    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious), k of each.
-    """
+    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious)."""
     iou = box_iou(pred, gt)
     iou[iou < iou_threshold] = 0
     rows, cols = linear_sum_assignment(iou, maximize=True)
@@ -361,8 +360,7 @@ class Prompt:
 
 
 def to_model_space(boxes, size, grid):
-    """Boxes in pixels of the original image, size (W, H), -> pixels of the resized one, which Qwen2.5-VL
-    speaks.
+    """Boxes in pixels of an image of size (W, H) -> pixels of its resized copy, which Qwen2.5-VL speaks.
 
     Each axis has its own scale: both sides are rounded to multiples of 28 (1920 x 1080 becomes 1316 x 728).
     """
@@ -377,8 +375,7 @@ def to_image_space(boxes, size, grid):
 
 
 def load_model(cfg, device):
-    """-> (model, tokenizer, image processor) of a Qwen2.5-VL by name or folder; SystemExit says what is
-    wrong."""
+    """A Qwen2.5-VL by name or folder -> (model, tokenizer, image processor), or SystemExit with the reason."""
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -541,8 +538,7 @@ class Policy(nn.Module):
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
     def logprobs(self, hidden):
-        """Hidden states (N, D) -> log softmax(logits / T) (N, V) in fp32: what is sampled, and what is
-        scored."""
+        """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of the sampler and of the scorer."""
         logits = self.model.lm_head(hidden).float() / self.temperature
         return logits.masked_fill(self.forbidden, -1e4).log_softmax(-1)  # exp(-1e4) = 0; -inf would give NaN
 
@@ -744,8 +740,7 @@ def batch_indices(n, batch, seed, step):
 
 
 def batches(encoder, records, batch, seed, steps):
-    """Yield (step, this rank's share of its prompts); the next step's images are read while this one trains.
-    """
+    """Yield (step, this rank's prompts); the next step's images are read while this one trains."""
     rank, world = rank_and_world()
     if batch % world:
         raise SystemExit(f"{batch} images a step cannot be shared out evenly over {world} processes")
@@ -978,8 +973,7 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
 
 
 class Log:
-    """metrics.jsonl, the figures on the bar, TensorBoard if it happens to be installed; rank 0 writes them.
-    """
+    """metrics.jsonl, the figures on the bar, TensorBoard if it happens to be installed; rank 0 writes."""
 
     def __init__(self, folder):
         self.file, self.board, self.skipped = None, None, 0
@@ -1140,7 +1134,7 @@ def write_json(path, content):
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
     output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=850, sft_lr=2e-3, sft_batch=16,
-    steps=60, prompts_per_step=32, groups_per_forward=4, lr=2.5e-4, save_every=0,
+    steps=60, prompts_per_step=32, groups_per_forward=4, lr=2e-4, look_weight=0.25, save_every=0,
 )
 DEMO_SCENES, DEMO_HELD_OUT = 5000, 250
 

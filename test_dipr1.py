@@ -47,7 +47,7 @@ def response(answer, look=()):
     "[[1, 2, 3, 4], [5, 6, 7.5, 8]]",
     '[{"bbox_2d": [1, 2, 3, 4], "label": "person"}, {"bbox_2d": [5, 6, 7.5, 8]}]',
     '[{"label": "a, [1, 2]", "bbox_2d": [1, 2, 3, 4]}, [5, 6, 7.5, 8]]',
-    '```json\n[\n  {"bbox_2d": [1, 2, 3, 4], "label": "person"},\n  {"bbox_2d": [5, 6, 7.5, 8], "label": "person"}\n]\n```',
+    '```json\n[\n  {"bbox_2d": [1, 2, 3, 4], "label": "a"},\n  {"bbox_2d": [5, 6, 7.5, 8], "label": "b"}\n]\n```',
     "```\n[[1,2,3,4],[5,6,7.5,8]]```",
 ])
 def test_boxes_parse_bare_in_qwens_form_and_fenced(text):
@@ -60,8 +60,8 @@ def test_an_empty_list_is_not_an_unparseable_one():
 
 
 @pytest.mark.parametrize("text", [
-    "[[1, 2, 3]]", "[[1, 2, 3, 4]", "[1, 2, 3, 4]", "[[1, 2, 3, 4],]", "[,[1, 2, 3, 4] [1, 2, 3, 4]]", "[[1, 2, 3, NaN]]",
-    "[[1, 2, 3, Infinity]]", "[[1, 2, 3, " + "9" * 400 + "]]", "[[1 2, 3, 4, 5]]", '[{"bbox_2d": [1, 2, 3, 4]]',
+    "[[1, 2, 3]]", "[[1, 2, 3, 4]", "[1, 2, 3, 4]", "[[1, 2, 3, 4],]", "[,[1, 2, 3, 4] [1, 2, 3, 4]]",
+    "[[1, 2, 3, NaN]]", "[[1, 2, 3, Infinity]]", "[[1, 2, 3, " + "9" * 400 + "]]", "[[1 2, 3, 4, 5]]", '[{"bbox_2d": [1, 2, 3, 4]]',
     '{"bbox_2d": [1, 2, 3, 4]}', "[[1, 2, 3, 4]] and more", "[[__import__('os'), 2, 3, 4]]", "[[1e9, 2, 3, 4]]",
     '```json\n[[1, 2, 3, 4]]', "[[[1, 2, 3, 4]]]",
 ])
@@ -90,15 +90,24 @@ def test_a_right_answer_in_a_broken_frame_is_still_read_but_an_ambiguous_one_is_
 
 
 GARBAGE = {
-    "nothing": "", "noise": "".join(map(chr, np.random.default_rng(0).integers(1, 0x2FFF, 20000))),
-    "truncated": completion()[:-12], "nested": completion(answer="[" * 10000 + "]" * 10000),
-    "nested objects": completion(answer='{"bbox_2d":' * 10000), "long number": completion(answer=f"[[{'7' * 400}, 1, 2, 3]]"),
-    "nan": completion(answer="[[NaN, 1, 2, 3]]"), "repeated": completion() * 500, "200 kB of a tag": "<think>" * 30000,
-    "half boxes": completion(answer="[[1, 2, 3, 4" * 20000), "spaces": completion(answer="[" + " " * 200_000),
+    "nothing": "",
+    "noise": "".join(map(chr, np.random.default_rng(0).integers(1, 0x2FFF, 20000))),
+    "truncated": completion()[:-12],
+    "nested": completion(answer="[" * 10000 + "]" * 10000),
+    "nested objects": completion(answer='{"bbox_2d":' * 10000),
+    "long number": completion(answer=f"[[{'7' * 400}, 1, 2, 3]]"),
+    "nan": completion(answer="[[NaN, 1, 2, 3]]"),
+    "repeated": completion() * 500,
+    "200 kB of a tag": "<think>" * 30000,
+    "half boxes": completion(answer="[[1, 2, 3, 4" * 20000),
+    "spaces": completion(answer="[" + " " * 200_000),
     "spaced": completion(answer="[[1" + " " * 50_000 + "," + " " * 50_000 + "2" + " " * 100_000),
-    "labels": completion(answer='[{"label": "' * 20000), "keys": completion(answer='{"bbox_2d": [1, 2, 3, 4]' * 10000),
-    "fences": completion(answer="```json" * 30000), "digits": completion(answer="[[" + "1" * 200_000),
-    "nulls": "\0" * 1000, "surrogate": completion(answer="\ud800"),
+    "labels": completion(answer='[{"label": "' * 20000),
+    "keys": completion(answer='{"bbox_2d": [1, 2, 3, 4]' * 10000),
+    "fences": completion(answer="```json" * 30000),
+    "digits": completion(answer="[[" + "1" * 200_000),
+    "nulls": "\0" * 1000,
+    "surrogate": completion(answer="\ud800"),
 }
 
 
@@ -143,7 +152,8 @@ def brute_force_matching(iou, threshold):
     if iou.shape[0] > iou.shape[1]:
         iou = iou.T
     worth = np.where(iou >= threshold, iou, 0)
-    return max(sum(worth[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(iou.shape[1]), iou.shape[0]))
+    pairings = itertools.permutations(range(iou.shape[1]), iou.shape[0])
+    return max(sum(worth[i, j] for i, j in enumerate(pairing)) for pairing in pairings)
 
 
 def test_matching_equals_brute_force():
@@ -191,7 +201,8 @@ def test_accuracy_hacks_earn_less_than_honesty():
     gt = boxes(*[[20 * i, 0, 20 * i + 15, 40] for i in range(5)])
     honest = dipr1.accuracy_reward(gt[:4], gt)
     assert honest == pytest.approx(0.85)
-    assert dipr1.accuracy_reward(np.repeat(gt[:4], 5, axis=0), gt) == pytest.approx(0.25 * 0.2 + 0.75 * 0.8)  # duplicates
+    duplicates = np.repeat(gt[:4], 5, axis=0)
+    assert dipr1.accuracy_reward(duplicates, gt) == pytest.approx(0.25 * 0.2 + 0.75 * 0.8)
     assert dipr1.accuracy_reward(gt[:1], gt) == pytest.approx(0.25 + 0.75 * 0.2)  # one safe box
     assert dipr1.accuracy_reward(boxes(), gt) == 0  # empty answer
     assert dipr1.accuracy_reward(boxes([0, 0, 100, 40]), gt) == 0  # one box around everybody
@@ -256,7 +267,8 @@ def test_look_reward_by_hand():
     assert dipr1.look_rewards([response([], [OTHER])] + split, 112, 112)[0] == 1  # exactly the doubtful person
     assert dipr1.look_rewards([response([], [PERSON])] + split, 112, 112)[0] == 0  # the person all agree on
     assert dipr1.look_rewards([response([], [])] + split, 112, 112)[0] == 0
-    assert dipr1.look_rewards([response([], [[56, 0, 84, 28]])] + split, 112, 112)[0] == pytest.approx(2 * 4 / (4 + 8))
+    half = response([], [[56, 0, 84, 28]])
+    assert dipr1.look_rewards([half] + split, 112, 112)[0] == pytest.approx(2 * 4 / (4 + 8))
     assert dipr1.look_rewards([response([], None)] + split, 112, 112)[0] == 0
 
 
@@ -281,7 +293,8 @@ def test_look_hacks_earn_little():
 
 def test_the_best_look_is_the_cells_above_half_the_best_score():
     u = np.random.default_rng(3).random(9)
-    score = {s: 2 * u[list(s)].sum() / (len(s) + u.sum()) for n in range(10) for s in itertools.combinations(range(9), n)}
+    looks = [look for n in range(10) for look in itertools.combinations(range(9), n)]
+    score = {look: 2 * u[list(look)].sum() / (len(look) + u.sum()) for look in looks}
     best = max(score, key=score.get)
     assert set(best) == set(np.flatnonzero(u > score[best] / 2))
 
@@ -294,7 +307,8 @@ def test_advantages_equal_the_formula_and_vanish_where_all_agree():
     rewards = torch.tensor([[0.0, 1.0, 2.0, 5.0], [0.1, 0.1, 0.1, 0.1]], dtype=torch.float64)
     row = [0.0, 1.0, 2.0, 5.0]
     std = math.sqrt(sum((r - 2) ** 2 for r in row) / 3)
-    assert torch.allclose(dipr1.group_advantages(rewards)[0], torch.tensor([(r - 2) / (std + 1e-4) for r in row]).double())
+    naive = torch.tensor([(r - 2) / (std + 1e-4) for r in row], dtype=torch.float64)
+    assert torch.allclose(dipr1.group_advantages(rewards)[0], naive)
     for value in (0.1, 1 / 3, 0.7, 1e9):
         assert (dipr1.group_advantages(torch.full((3, 7), value)) == 0).all()  # exactly: rounding must not teach
     assert (dipr1.group_advantages(torch.tensor([[0.3]])) == 0).all()
@@ -326,7 +340,8 @@ def test_loss_and_gradient_equal_the_formula(with_kl):
     advantage = torch.tensor([1.7] * 7 + [-0.6] * 7, dtype=torch.float64)
     loss, stats = dipr1.grpo_loss(logp, old, ref, advantage, clip_eps=0.2, beta=0.3)
     loss.backward()
-    naive, gradient = naive_loss_and_gradient(logp.tolist(), old.tolist(), ref.tolist() if with_kl else None, advantage.tolist(), 0.2, 0.3)
+    lists = [None if x is None else x.tolist() for x in (logp, old, ref, advantage)]
+    naive, gradient = naive_loss_and_gradient(*lists, eps=0.2, beta=0.3)
     assert loss.item() == pytest.approx(naive, abs=1e-12)
     assert torch.allclose(logp.grad, torch.tensor(gradient, dtype=torch.float64), atol=1e-12)
     assert stats["clip_fraction"] == pytest.approx(4 / 14)  # 1.21 and 2.0 where A > 0; 0.5 and 0.79 where A < 0
@@ -380,7 +395,7 @@ def random_group(prompt, lengths=(5, 9, 1, 7), seed=0):
 
 
 def plain_logprobs(policy, group):
-    """What a careful user of transformers writes: one padded row a completion, each with its own copy of the image."""
+    """What a careful user of transformers writes: a padded row a completion, each with a copy of the image."""
     prompt, longest = group.prompt, max(map(len, group.completions))
     rows = [torch.cat([prompt.ids, o, torch.zeros(longest - len(o), dtype=torch.long)]) for o in group.completions]
     ids, G = torch.stack(rows), len(rows)
@@ -428,7 +443,8 @@ def test_completions_do_not_see_each_other(tiny):
 def test_chunks_of_the_vocabulary_softmax_change_nothing(tiny):
     policy, _, _ = load(tiny)
     hidden, targets = torch.randn(23, 128), torch.randint(0, 400, (23,))
-    assert torch.allclose(policy.token_logprobs(hidden, targets, chunk=4), policy.token_logprobs(hidden, targets, chunk=99))
+    in_chunks, at_once = (policy.token_logprobs(hidden, targets, chunk) for chunk in (4, 99))
+    assert torch.allclose(in_chunks, at_once)
 
 
 def test_positions_are_three_dimensional(tiny):
@@ -484,7 +500,8 @@ def test_sampling_depends_on_seed_step_and_prompt_and_on_nothing_else(tiny):
 
     def sample(prompts, step=3, seed=5):
         uniforms = torch.stack([dipr1.draw_uniforms(seed, step, p.index, (4, 12)) for p in prompts])
-        return {g.prompt.index: [o.tolist() for o in g.completions] for g in dipr1.rollout(policy, encoder, prompts, 12, uniforms)}
+        groups = dipr1.rollout(policy, encoder, prompts, 12, uniforms)
+        return {group.prompt.index: [o.tolist() for o in group.completions] for group in groups}
 
     together = sample(prompts)
     alone = {}
@@ -518,7 +535,8 @@ def test_placeholders_are_never_sampled_and_cost_nothing_to_forbid(tiny):
 def test_a_completion_ends_with_its_first_eos_which_belongs_to_it(tiny):
     policy, encoder, prompts = load(tiny)
     with torch.no_grad():
-        policy.model.lm_head.weight[encoder.eos[1]] += 0.2 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(128, generator=torch.Generator().manual_seed(0))
+        policy.model.lm_head.weight[encoder.eos[1]] += 0.2 * noise  # now and then an EOS
     uniforms = torch.stack([dipr1.draw_uniforms(0, 0, p.index, (8, 200)) for p in prompts[:2]])
     groups = dipr1.rollout(policy, encoder, prompts[:2], 200, uniforms)
     completions = [o.tolist() for g in groups for o in g.completions]
@@ -562,7 +580,8 @@ def test_the_look_reward_reaches_exactly_the_tokens_up_to_its_closing_tag(tiny):
         assert "</look>" not in encoder.tokenizer.decode(o[: n - 1])
         assert ("</look>" in encoder.tokenizer.decode(o[:n])) == ("</look>" in text)
     group = Group(prompts[0], tokens, texts=texts)
-    rewards = torch.tensor([[[1.0, 0.9, 0.5], [1.0, 0.0, 0.5], [1.0, 0.2, 0.5]]]).double()  # they differ in the look alone
+    only_looks_differ = [[1.0, 0.9, 0.5], [1.0, 0.0, 0.5], [1.0, 0.2, 0.5]]
+    rewards = torch.tensor([only_looks_differ], dtype=torch.float64)
     (advantage,) = dipr1.token_advantages(encoder, [group], rewards, Config(look_credit="section"))
     first = advantage[: len(tokens[0])]
     n = encoder.look_length(tokens[0])
@@ -591,9 +610,12 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own():
     assert len(dipr1.batch_indices(3, 8, seed=0, step=0)) == 8  # fewer records than a batch holds
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"image": "x.png"}', '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2]]}',
-                                  '{"image": "x.png", "width": 0, "height": 5, "boxes": []}', '{"image": 3, "width": 5, "height": 5, "boxes": []}',
-                                  '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2, NaN, 4]]}'])
+@pytest.mark.parametrize("line", [
+    "{", "[]", '{"image": "x.png"}', '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2]]}',
+    '{"image": "x.png", "width": 0, "height": 5, "boxes": []}',
+    '{"image": 3, "width": 5, "height": 5, "boxes": []}',
+    '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2, NaN, 4]]}',
+])
 def test_a_malformed_line_is_named_with_its_number(tmp_path, line):
     good = '{"image": "x.png", "width": 5, "height": 5, "target": "person", "boxes": []}'
     (tmp_path / "d.jsonl").write_text(f"{good}\n\n{line}\n")
@@ -605,10 +627,10 @@ def test_a_broken_image_is_named(tiny, tmp_path):
     _, encoder, _ = load(tiny)
     whole = (tiny[1].parent / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    record = {"image": str(tmp_path / "cut.png"), "width": 112, "height": 112, "target": "person", "boxes": [], "ignore": []}
+    record = {"width": 112, "height": 112, "target": "person", "boxes": [], "ignore": []}
     with pytest.raises(SystemExit, match="cut.png"):
-        encoder.prompt(0, record)
-    with pytest.raises(SystemExit, match="0.png is .112, 112., but.*.50, 112."):  # annotated in other pixels: every box would be wrong
+        encoder.prompt(0, record | {"image": str(tmp_path / "cut.png")})
+    with pytest.raises(SystemExit, match="0.png is .112, 112., but.*.50, 112."):  # no box would fit
         encoder.prompt(0, record | {"image": str(tiny[1].parent / "0.png"), "width": 50})
 
 
@@ -624,8 +646,8 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def step_config(**options):
-    defaults = dict(prompts_per_step=4, group_size=3, max_new_tokens=12, lr=1e-4, warmup_steps=0, groups_per_forward=1)
-    return Config(**{**defaults, **options})
+    small = dict(prompts_per_step=4, group_size=3, max_new_tokens=12, groups_per_forward=1)
+    return Config(**{**small, "lr": 1e-4, "warmup_steps": 0, **options})
 
 
 def rewards_by_index(zero_odd):
@@ -637,7 +659,9 @@ def rewards_by_index(zero_odd):
     return rewards
 
 
-SCENARIOS = [dict(), dict(zero_odd=True, beta=0.0), dict(freeze_vision=True), dict(num_iterations=2, groups_per_forward=2)]
+SCENARIOS = [
+    dict(), dict(zero_odd=True, beta=0.0), dict(freeze_vision=True), dict(num_iterations=2, groups_per_forward=2)
+]
 
 
 def three_steps(tiny, rank, world, zero_odd=False, **options):
@@ -664,7 +688,7 @@ def worker(rank, tiny, folder):
 
 
 def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
-    """Also where one rank's groups all have zero advantage, with a frozen tower, and over several updates a rollout."""
+    """Also where one rank's groups all have zero advantage, with a frozen tower, with two updates a rollout."""
     torch.multiprocessing.spawn(worker, (tiny, tmp_path), nprocs=2)
     two = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     start = {name: p.detach() for name, p in load(tiny)[0].named_parameters()}
@@ -701,11 +725,13 @@ def test_frozen_features_are_computed_once_a_step(tiny, monkeypatch):
     seen = []
     see = dipr1.Policy.see
     monkeypatch.setattr(dipr1.Policy, "see", lambda self, prompts: seen.append(len(prompts)) or see(self, prompts))
-    for freeze, passes in ((True, [2]), (False, [2, 1, 1, 1, 1])):  # rollout; then reference and policy for each group
+    apart = [2, 1, 1, 1, 1]  # the rollout, then reference and policy for each group
+    for freeze, passes in ((True, [2]), (False, apart)):
         policy, encoder, prompts = load(tiny, freeze_vision=freeze)
         seen.clear()
         cfg = step_config(freeze_vision=freeze)
-        dipr1.grpo_step(policy, copy.deepcopy(policy).eval(), dipr1.make_optimizer(policy), encoder, prompts[:2], cfg, 0, 1e-4)
+        reference, optimizer = copy.deepcopy(policy).eval(), dipr1.make_optimizer(policy)
+        dipr1.grpo_step(policy, reference, optimizer, encoder, prompts[:2], cfg, 0, 1e-4)
         assert seen == passes
 
 
@@ -717,7 +743,8 @@ def test_a_completion_of_placeholders_trains(tiny):
 
     def loss_of(chunk):
         logp = policy(chunk)
-        return dipr1.grpo_loss(logp, logp.detach(), logp.detach() - 0.1, torch.tensor([1.0] * 6 + [-1.0] * 3), 0.2, 0.04)[0]
+        advantages = torch.tensor([1.0] * 6 + [-1.0] * 3)
+        return dipr1.grpo_loss(logp, logp.detach(), logp.detach() - 0.1, advantages, 0.2, 0.04)[0]
 
     metrics = dipr1.update(policy, optimizer, [[group]], loss_of, 1e-4, 1.0)
     assert math.isfinite(metrics["loss"]) and not metrics["skipped"]
@@ -727,10 +754,11 @@ def test_a_completion_of_placeholders_trains(tiny):
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny, poison):
     policy, _, prompts = load(tiny)
     optimizer, before = dipr1.make_optimizer(policy), copy.deepcopy(policy.state_dict())
-    metrics = dipr1.update(policy, optimizer, [[random_group(prompts[0])]], lambda chunk: policy(chunk).sum() * poison, 1e-3, 1.0)
+    chunks = [[random_group(prompts[0])]]
+    metrics = dipr1.update(policy, optimizer, chunks, lambda chunk: policy(chunk).sum() * poison, 1e-3, 1.0)
     assert metrics["skipped"] == 1
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
-    metrics = dipr1.update(policy, optimizer, [[random_group(prompts[0])]], lambda chunk: policy(chunk).mean(), 1e-3, 1.0)
+    metrics = dipr1.update(policy, optimizer, chunks, lambda chunk: policy(chunk).mean(), 1e-3, 1.0)
     assert metrics["skipped"] == 0 and not torch.equal(policy.model.lm_head.weight, before["model.lm_head.weight"])
 
 
@@ -748,7 +776,8 @@ def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path):
 def test_bf16_weights_move_at_a_learning_rate_that_bf16_cannot_see():
     """1,000 steps of 1e-5 add up to 1e-2 in the fp32 masters; bf16 weights around 1, left alone, never move."""
     weight, plain = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
-    ours, naive = dipr1.MasterAdamW([weight], lr=1e-5, weight_decay=0.0), torch.optim.AdamW([plain], lr=1e-5, weight_decay=0.0)
+    ours = dipr1.MasterAdamW([weight], lr=1e-5, weight_decay=0.0)
+    naive = torch.optim.AdamW([plain], lr=1e-5, weight_decay=0.0)
     for _ in range(1000):
         weight.grad, plain.grad = torch.ones_like(weight), torch.ones_like(plain)
         ours.step()
@@ -760,7 +789,8 @@ def test_bf16_weights_move_at_a_learning_rate_that_bf16_cannot_see():
 
 def test_on_fp32_weights_the_optimizer_is_torchs_adamw():
     a, b = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
-    ours, theirs = dipr1.MasterAdamW([a], lr=1e-2, weight_decay=0.1), torch.optim.AdamW([b], lr=1e-2, weight_decay=0.1)
+    options = dict(lr=1e-2, weight_decay=0.1)
+    ours, theirs = dipr1.MasterAdamW([a], **options), torch.optim.AdamW([b], **options)
     for step in range(5):
         a.grad = torch.sin(torch.arange(6.0) + step)
         b.grad = a.grad.clone()
@@ -776,7 +806,8 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 def test_sft_learns_a_scene_by_heart_and_the_evaluation_sees_it(tiny):
     policy, encoder, prompts = load(tiny)
-    optimizer, cfg = dipr1.make_optimizer(policy), Config(groups_per_forward=1, group_size=4, max_new_tokens=80, batch_size=2)
+    optimizer = dipr1.make_optimizer(policy)
+    cfg = Config(groups_per_forward=1, group_size=4, max_new_tokens=80, batch_size=2)
     records = [p.record for p in prompts[:4]]
     assert dipr1.evaluate(policy, encoder, records, cfg)["f1"] == 0
     for _ in range(80):
@@ -784,7 +815,8 @@ def test_sft_learns_a_scene_by_heart_and_the_evaluation_sees_it(tiny):
     assert metrics["loss"] < 0.1
     figures = dipr1.evaluate(policy, encoder, records, cfg)
     assert figures["f1"] == figures["jaccard"] == figures["format_rate"] == 1
-    assert figures["boxes_per_image"] == figures["truth_boxes_per_image"] == np.mean([len(p.truth) for p in prompts[:4]])
+    people = np.mean([len(p.truth) for p in prompts[:4]])
+    assert figures["boxes_per_image"] == figures["truth_boxes_per_image"] == people
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -792,15 +824,17 @@ def test_sft_learns_a_scene_by_heart_and_the_evaluation_sees_it(tiny):
 
 
 def run(*command, expect=0):
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=240)
     assert result.returncode == expect, result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
 def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_evaluate(tiny, tmp_path):
     small = ["--group_size", 3, "--max_new_tokens", 12, "--prompts_per_step", 2]
-    run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29513, "dipr1.py", "--model", tiny[0], "--data", tiny[1],
-        "--output_dir", tmp_path, "--sft_steps", 1, "--sft_batch", 2, "--steps", 2, "--picture_every", 1, *small)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29513]
+    run(*torchrun, "dipr1.py", "--model", tiny[0], "--data", tiny[1], "--output_dir", tmp_path,
+        "--sft_steps", 1, "--sft_batch", 2, "--steps", 2, "--picture_every", 1, *small)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["step"]) for line in lines] == [("sft", 0), ("grpo", 0), ("grpo", 1)]
     assert all(math.isfinite(value) for line in lines for name, value in line.items() if name != "phase")
@@ -818,7 +852,8 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
     for rank in (0, 1):
         assert torch.load(checkpoint / f"optimizer-{rank}.pt", weights_only=True)["masters"]
 
-    shown = run("dipr1.py", "--eval", "--model", checkpoint, "--data", tiny[1], "--output_dir", tmp_path / "eval", *small[:4])
+    shown = run("dipr1.py", "--eval", "--model", checkpoint, "--data", tiny[1],
+                "--output_dir", tmp_path / "eval", *small[:4])
     figures = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert {"precision", "recall", "f1", "jaccard", "format_rate", "look_reward", "boxes_per_image",
             "truth_boxes_per_image"} <= set(figures) and "jaccard" in shown
@@ -829,8 +864,8 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
 def test_the_demo_end_to_end_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(dipr1, "DEMO_SCENES", 12)
     monkeypatch.setattr(dipr1, "DEMO_HELD_OUT", 4)
-    dipr1.main(["--demo", "--output_dir", str(tmp_path), "--seed", "3", "--sft_steps", "2", "--steps", "1", "--prompts_per_step", "2",
-                "--group_size", "2", "--picture_every", "1", "--max_new_tokens", "16"])
+    dipr1.main(["--demo", "--output_dir", str(tmp_path), "--seed", "3", "--sft_steps", "2", "--steps", "1",
+                "--prompts_per_step", "2", "--group_size", "2", "--picture_every", "1", "--max_new_tokens", "16"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     names = {"precision", "recall", "f1", "jaccard", "format_rate", "look_reward", "boxes_per_image",
              "truth_boxes_per_image", "sampled_f1", "sampled_look_reward"}
@@ -842,7 +877,8 @@ def test_what_is_missing_is_said_in_a_line_with_the_remedy(tiny, tmp_path):
     message = run("dipr1.py", "--data", tmp_path / "no.jsonl", "--output_dir", tmp_path / "o", expect=1)
     assert "data_prep.py crowdhuman" in message and "--demo" in message and "Traceback" not in message
     (tmp_path / "model").mkdir()
-    message = run("dipr1.py", "--model", tmp_path / "model", "--data", tiny[1], "--output_dir", tmp_path / "o", expect=1)
+    message = run("dipr1.py", "--model", tmp_path / "model", "--data", tiny[1],
+                  "--output_dir", tmp_path / "o", expect=1)
     assert "cannot load --model" in message and "Traceback" not in message
 
 
@@ -891,16 +927,17 @@ def person(fbox, tag="person", **extra):
 
 
 def test_crowdhuman_converts(tmp_path, capsys):
-    people = [person([10, 10, 20, 30]), person([90, 70, 40, 40]), person([5, 5, -3, 9]), person([0, 0, 9, 9], ignore=1),
-              person([50, 0, 9, 9], tag="mask"), {"tag": "person", "fbox": [1, 2, 3, 4]}]
-    lines = [json.dumps({"ID": "1,a", "gtboxes": people}), json.dumps({"ID": "2,b", "gtboxes": [person([0, 0, 5, 5])] * 61}),
-             json.dumps({"ID": "3,c", "gtboxes": []})]
-    crowdhuman_fixture(tmp_path / "ch", lines)
+    people = [person([10, 10, 20, 30]), person([90, 70, 40, 40]), person([5, 5, -3, 9]),
+              person([0, 0, 9, 9], ignore=1), person([50, 0, 9, 9], tag="mask"),
+              {"tag": "person", "fbox": [1, 2, 3, 4]}]
+    crowds = {"1,a": people, "2,b": [person([0, 0, 5, 5])] * 61, "3,c": []}
+    crowdhuman_fixture(tmp_path / "ch", [json.dumps({"ID": i, "gtboxes": b}) for i, b in crowds.items()])
     whole = (tmp_path / "ch/Images/3,c.jpg").read_bytes()
     out = tmp_path / "elsewhere" / "train.jsonl"
     data_prep.main(["crowdhuman", str(tmp_path / "ch"), "--split", "train", "--out", str(out), "--draw", "1"])
     first, empty = dipr1.load_records(out)
-    assert first["boxes"].tolist() == [[10, 10, 30, 40], [90, 70, 100, 80], [1, 2, 4, 6]]  # clipped; the negative one dropped
+    # The second is clipped, the one of negative width dropped; a person without the optional keys counts.
+    assert first["boxes"].tolist() == [[10, 10, 30, 40], [90, 70, 100, 80], [1, 2, 4, 6]]
     assert first["ignore"].tolist() == [[0, 0, 9, 9], [50, 0, 59, 9]]
     assert dipr1.open_image(first["image"]).size == (first["width"], first["height"]) == (100, 80)
     assert len(empty["boxes"]) == 0 and (out.parent / "train-0.png").exists()
@@ -937,6 +974,7 @@ def test_the_real_crowdhuman_line_trains(tiny, tmp_path):
     (record,) = dipr1.load_records(tmp_path / "train.jsonl")
     assert len(record["boxes"]) == 6 and len(record["ignore"]) == 1
     assert record["boxes"][:, 3].max() == 1356  # annotated down to 2041
-    dipr1.main(["--model", str(tiny[0]), "--data", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "run"), "--steps", "2",
-                "--prompts_per_step", "1", "--group_size", "2", "--max_new_tokens", "8", "--max_pixels", "100000"])
+    dipr1.main(["--model", str(tiny[0]), "--data", str(tmp_path / "train.jsonl"),
+                "--output_dir", str(tmp_path / "run"), "--steps", "2", "--prompts_per_step", "1",
+                "--group_size", "2", "--max_new_tokens", "8", "--max_pixels", "100000"])
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
