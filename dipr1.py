@@ -454,7 +454,7 @@ class Encoder:
         order = np.argsort(prompt.truth[:, 0], kind="stable")
         boxes = clip_boxes(prompt.truth[order], prompt.width, prompt.height).round().astype(int)
         iou = box_iou(prompt.truth[order], prompt.truth[order])
-        crowded = boxes[(iou - np.eye(len(iou)) > 0.2).any(axis=1)]
+        crowded = boxes[(iou - np.eye(len(iou)) > 0.05).any(axis=1)]
         text = (f"<think>{len(boxes)} people, {len(crowded)} overlap</think><look>{crowded.tolist()}</look>"
                 f"<answer>{boxes.tolist()}</answer>")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
@@ -1133,10 +1133,10 @@ def write_json(path, content):
 # Main: load, warm up, GRPO; or evaluate; or the demo
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=850, sft_lr=2e-3, sft_batch=16,
-    steps=60, prompts_per_step=32, groups_per_forward=4, lr=2e-4, look_weight=0.25, save_every=0,
+    output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=750, sft_lr=2e-3, sft_batch=16,
+    steps=66, prompts_per_step=32, groups_per_forward=4, lr=1.2e-4, save_every=0,
 )
-DEMO_SCENES, DEMO_HELD_OUT = 5000, 250
+DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
 
 
 def setup(cfg):
