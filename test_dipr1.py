@@ -113,10 +113,10 @@ GARBAGE = {
 
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_is_parsed_in_no_time_and_never_rewarded(name):
-    started = time.perf_counter()
+    started = time.process_time()
     parsed = dipr1.parse_response(GARBAGE[name])
     reward = dipr1.format_reward(GARBAGE[name])
-    assert time.perf_counter() - started < 0.2  # two parses
+    assert time.process_time() - started < 0.2  # two parses
     assert reward == 0
     assert 0 <= dipr1.look_rewards([parsed, parsed, parsed], 56, 56).min()
 
