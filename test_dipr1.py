@@ -510,6 +510,8 @@ def test_sampling_depends_on_seed_step_and_prompt_and_on_nothing_else(tiny):
     assert together == alone
     assert sample(prompts[:1], step=4)[0] != together[0] != sample(prompts[:1], seed=6)[0]
     assert len({tuple(o) for o in together[0]}) == 4
+    draws = [dipr1.draw_uniforms(*key, (2, 3)) for key in ((5, 3, 0), (6, 3, 0), (5, 4, 0), (5, 3, 1))]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 
 
 def test_inverse_cdf_draws_the_distribution_and_never_an_impossible_token():
