@@ -1133,8 +1133,8 @@ def write_json(path, content):
 # Main: load, warm up, GRPO; or evaluate; or the demo
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=750, sft_lr=2e-3, sft_batch=16,
-    steps=66, prompts_per_step=32, groups_per_forward=4, lr=1.2e-4, save_every=0,
+    output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=800, sft_lr=2e-3, sft_batch=16,
+    steps=105, prompts_per_step=16, groups_per_forward=4, lr=6e-5, save_every=0,
 )
 DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
 
