@@ -375,7 +375,7 @@ def to_image_space(boxes, size, grid):
 
 
 def load_model(cfg, device):
-    """A Qwen2.5-VL by name or folder -> (model, tokenizer, image processor), or SystemExit with the reason."""
+    """A Qwen2.5-VL by name or folder -> (model, tokenizer, image processor), or SystemExit says why not."""
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -531,14 +531,14 @@ class Policy(nn.Module):
         return list(self.model.get_image_features(pixels, grid).pooler_output)
 
     def embed(self, ids, features):
-        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder further on, in
-        a completion, stays an ordinary token."""
+        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder that
+        a completion holds stays an ordinary token."""
         embeds = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
     def logprobs(self, hidden):
-        """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of the sampler and of the scorer."""
+        """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of sampler and scorer alike."""
         logits = self.model.lm_head(hidden).float() / self.temperature
         return logits.masked_fill(self.forbidden, -1e4).log_softmax(-1)  # exp(-1e4) = 0; -inf would give NaN
 
@@ -568,6 +568,7 @@ class Policy(nn.Module):
 
 
 def in_chunks(items, size):
+    """A list or range in pieces of `size`; the last may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -676,15 +677,18 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
 
 
 def rank_and_world():
+    """(this process, how many there are); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def print0(*args):
+    """Print once, on rank 0."""
     if rank_and_world()[0] == 0:
         print(*args, flush=True)
 
 
 def barrier():
+    """Wait for the other ranks, if there are any."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -731,6 +735,7 @@ def load_records(path):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
+    """The order in which an epoch takes its n records."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -1009,6 +1014,7 @@ class Log:
 
 
 def draw_boxes(image, boxes, scale, color, line):
+    """Outline (n, 4) boxes on an image `scale` times as large; what has no area is left out."""
     pen = ImageDraw.Draw(image)
     for x1, y1, x2, y2 in as_boxes(boxes) * scale:
         if x1 < x2 and y1 < y2:
@@ -1016,8 +1022,8 @@ def draw_boxes(image, boxes, scale, color, line):
 
 
 def draw_picture(group, path, height=448):
-    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and the
-    map of where the group's answers disagree, which is what the look is paid to find."""
+    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and
+    the map of where the group's answers disagree, which is what the look is paid to find."""
     prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
     scale = height / prompt.height
     size = (round(prompt.width * scale), height)
