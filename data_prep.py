@@ -375,6 +375,7 @@ def draw_records(out, records):
 
 
 def main(argv=None):
+    """The command line: one subcommand a source."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -1131,6 +1131,7 @@ def print_table(columns):
 
 
 def write_json(path, content):
+    """Write an indented JSON file, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -1233,6 +1234,7 @@ def run_demo(cfg):
 
 
 def main(argv=None):
+    """The command line: every field of Config is a flag."""
     from transformers import HfArgumentParser
     from transformers.utils import logging
 
