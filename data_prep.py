@@ -1,43 +1,64 @@
 """Everything that dipr1.py reads, made here: scenes, a tiny checkpoint, and real annotations as one JSONL.
 
-    python data_prep.py synthetic  --out data/synthetic --images 2000 --seed 0     crowds drawn by Pillow
-    python data_prep.py tiny       --out data/tiny                                 a random Qwen2.5-VL of 1M
-    parameters python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl real crowds,
-    from the official files
+    python data_prep.py synthetic --out data/synthetic --images 2000 --seed 0      crowds drawn by Pillow
+    python data_prep.py tiny --out data/tiny                                       a random Qwen2.5-VL, 1M
+    python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl
+    python data_prep.py citypersons CITYSCAPES --split train --out data/citypersons.jsonl
+    python data_prep.py widerpedestrian WIDER --split train --out data/wider.jsonl
+    python data_prep.py uavdt UAVDT --split train --stride 10 --out data/uavdt.jsonl
+    python data_prep.py coco COCO --split train --category person --out data/coco.jsonl
 
 One line of the JSONL is one image, in pixels of the original image, boxes as x1, y1, x2, y2:
 
-    {"image": path relative to the file, "width": W, "height": H, "target": "person", "boxes": [...],
-    "ignore": [...]}
+    {"image": path relative to the file, "width": W, "height": H, "target": "person",
+     "boxes": [[x1, y1, x2, y2], ...], "ignore": [...]}
 
 `ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to
-annotate).
+annotate). Such files may be concatenated if they lie in one folder: each line has its own target.
 """
 import argparse
 import colorsys
+import contextlib
+import functools
+import heapq
+import itertools
 import json
+import math
 import os
+import random
 import re
 import sys
+import zlib
 from collections import Counter
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
+from scipy.io.matlab import MatReadError
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 
-def write_jsonl(path, records):
-    """Write the records beside `path` and rename: a reader sees the old file or the whole new one, never half
-    of it."""
+@contextlib.contextmanager
+def written_whole(path):
+    """A text file to write beside `path`, renamed when it is complete: a reader sees the old file or the
+    whole new one, and after an error nothing of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8") as file:
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_jsonl(path, records):
+    """One record a line."""
+    with written_whole(path) as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,9 +206,8 @@ def synthetic(out, images, seed, size=112, val=None):
 # A tiny checkpoint: every part of a Qwen2.5-VL folder, at a size that learns on a laptop
 
 QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
-<|box_start|> <|box_end|>
-    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-    <|video_pad|>""".split()
+    <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|>""".split()
 
 QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered pictures
     "{% for message in messages %}"
@@ -285,84 +305,310 @@ def tiny(out, seed=0, size=112):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Real annotations
+# Real annotations: a function a source, each yields (image path, boxes, ignore regions), all x1, y1, x2, y2
+
+
+def corners(x, y, w, h):
+    """A box given by its corner and size -> x1, y1, x2, y2. Coordinates are 0-based: no shift by one."""
+    x, y, w, h = map(float, (x, y, w, h))
+    return [x, y, x + w, y + h]
+
+
+def find(root, *names):
+    """The first of these paths that exists below `root`, or SystemExit says what was looked for and where."""
+    for name in names:
+        if (Path(root) / name).exists():
+            return Path(root) / name
+    raise SystemExit(f"{root}: unknown layout, looked there for " + ", or ".join(names))
+
+
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,  # Python's own, and scipy's
+             MatReadError, zlib.error, EOFError, NotImplementedError, OSError)
+
+
+@contextlib.contextmanager
+def reading(path, place=""):
+    """Turn whatever a malformed annotation raises into one line that says where it stands."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise SystemExit(f"{path}{place and ', '}{place}: {type(error).__name__}: {error}") from None
+
+
+def numbered_lines(path):
+    """(line number from 1, line) of a text file, blank lines left out; one line in memory at a time."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def images_by_name(root, split):
+    """{base name: paths} of the files below `root`, without folders that belong to another split alone."""
+    found = {}
+    for folder, _, files in os.walk(root):
+        named_splits = re.findall("train|val|test", os.path.relpath(folder, root))
+        if not named_splits or split in named_splits:
+            for file in files:
+                found.setdefault(file, []).append(Path(folder, file))
+    return found
+
+
+def locate(name, images, root):
+    """The path of an image that annotations call `name`: as it stands below `root`, or by its base name."""
+    paths = images.get(Path(name).name, [])
+    if (Path(root) / name).is_file() or not paths:
+        return Path(root) / name
+    if len(paths) > 1:
+        raise SystemExit(f"{name} could be {paths[0]} or {paths[1]}: remove one of them from below {root}")
+    return paths[0]
 
 
 def crowdhuman(root, split):
-    """CrowdHuman: yield (image path, boxes, ignore) for each line of `annotation_<split>.odgt`, boxes as x1,
-    y1, x2, y2.
+    """`annotation_<split>.odgt`, an image a line, beside the folder `Images`.
 
     The box is `fbox`, the whole person with what others hide, as the benchmark evaluates it. Tag "mask" and
     extra.ignore are ignore regions; `head_attr.ignore` concerns heads only.
     """
-    path = Path(root) / f"annotation_{split}.odgt"
-    if not path.is_file():
-        raise SystemExit(f"{path} is not there: looked for annotation_{split}.odgt beside the folder Images")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry, boxes, ignore = json.loads(line), [], []
+    path, images = find(root, f"annotation_{split}.odgt"), find(root, "Images")
+    for number, line in numbered_lines(path):
+        boxes, ignore = [], []
+        with reading(path, f"line {number}"):
+            entry = json.loads(line)
             for person in entry["gtboxes"]:
-                x, y, w, h = map(float, person["fbox"])
                 masked = person["tag"] != "person" or person.get("extra", {}).get("ignore", 0) != 0
-                (ignore if masked else boxes).append([x, y, x + w, y + h])
-            image = Path(root) / "Images" / f"{entry['ID']}.jpg"
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+                (ignore if masked else boxes).append(corners(*person["fbox"]))
+            image = images / f"{entry['ID']}.jpg"
         yield image, boxes, ignore
 
 
+def citypersons_mat(path, split):
+    """Yield (city, image name, [(is pedestrian, x, y, w, h)]) from `anno_<split>.mat`."""
+    from scipy.io import loadmat
+
+    with reading(path):
+        cells = loadmat(path)[f"anno_{split}_aligned"][0]
+    for number, cell in enumerate(cells, 1):
+        with reading(path, f"image {number}"):
+            city, name, rows = (np.ravel(cell)[0][part] for part in ("cityname", "im_name", "bbs"))
+            # uint8 here, int16 there, as the image's largest number needs: 200 + 100 would be 44.
+            labelled = [(row[0] == 1, *row[1:5]) for row in rows.astype(np.int64).reshape(-1, 10)]
+        yield city.item(), name.item(), labelled
+
+
+def citypersons_json(folder, split):
+    """The same from `gtBboxCityPersons/<split>/<city>/<name>_gtBboxCityPersons.json`."""
+    for path in sorted(folder.glob("*/*_gtBboxCityPersons.json")):
+        with reading(path):
+            entries = json.loads(path.read_text(encoding="utf-8"))["objects"]
+            labelled = [(entry["label"] == "pedestrian", *entry["bbox"]) for entry in entries]
+        yield path.parent.name, path.name.replace("gtBboxCityPersons.json", "leftImg8bit.png"), labelled
+
+
+def citypersons(root, split):
+    """Either form of the annotations, with the images in `leftImg8bit/<split>/<city>`.
+
+    The full boxes of pedestrians are the targets; riders, sitting people, other postures, groups and what is
+    marked so are ignore regions, as in the standard protocol.
+    """
+    images = find(root, f"leftImg8bit/{split}")
+    path = find(root, f"annotations/anno_{split}.mat", f"gtBboxCityPersons/{split}")
+    for city, name, labelled in (citypersons_json if path.is_dir() else citypersons_mat)(path, split):
+        with reading(path, name):
+            boxes = [corners(*box) for is_pedestrian, *box in labelled if is_pedestrian]
+            ignore = [corners(*box) for is_pedestrian, *box in labelled if not is_pedestrian]
+        yield images / city / name, boxes, ignore
+
+
+def wider_line(line, numbers_a_box=None):
+    """`imgNNNNN.jpg (c x y w h)*` of 2018 or `surNNNNN.jpg (x y w h)*` of 2019 -> (name, boxes).
+
+    Twenty numbers may be four boxes of 2018 or five of 2019: the name's prefix tells. A bare name is an empty
+    image.
+    """
+    name, *numbers = line.split()
+    prefix = re.match("img|sur|ad", name)
+    if prefix is None:
+        raise ValueError(f"{name!r} is no image of 2018 (img...) nor of 2019 (sur..., ad...)")
+    width = numbers_a_box or (5 if prefix[0] == "img" else 4)
+    if len(numbers) % width:
+        raise ValueError(f"{len(numbers)} numbers behind {name}, where every box has {width}")
+    rows = [[float(number) for number in numbers[k : k + width]] for k in range(0, len(numbers), width)]
+    if width == 5 and any(row[0] not in (1, 2) for row in rows):
+        raise ValueError("a class that is neither 1 (pedestrian) nor 2 (cyclist)")
+    return name, [corners(*row[-4:]) for row in rows]
+
+
+def widerpedestrian(root, split):
+    """The text files of 2018 or 2019, images anywhere below `root`. Pedestrians and cyclists are merged."""
+    path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
+    beside = [p for p in path.parent.glob("*.txt") if "ignore" in p.name and split in p.name]
+    images, ignore = images_by_name(root, split), {}
+    for ignore_path in beside:
+        for number, line in numbered_lines(ignore_path):
+            with reading(ignore_path, f"line {number}"):
+                name, regions = wider_line(line, numbers_a_box=4)
+            ignore.setdefault(name, []).extend(regions)
+    for number, line in numbered_lines(path):
+        with reading(path, f"line {number}"):
+            name, boxes = wider_line(line)
+        yield locate(name, images, root), boxes, ignore.get(name, [])
+
+
+UAVDT_TEST = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M0802 M1001 M1004 M1007 M1009
+    M1101 M1301 M1302 M1303 M1401""".split()  # the other sequences are for training
+
+
+def uavdt_rows(path, categories):
+    """{frame: boxes} of a file whose rows are `frame,target,left,top,width,height,_,_,category`, sorted by
+    target and not by frame."""
+    frames = {}
+    for number, line in numbered_lines(path):
+        with reading(path, f"line {number}"):
+            frame, _, left, top, width, height, _, _, category = map(int, line.split(","))
+            if category not in categories:
+                raise ValueError(f"category {category}: wanted is the form of *_gt_whole.txt, with 1, 2 or 3")
+            frames.setdefault(frame, []).append(corners(left, top, width, height))
+    return frames
+
+
+def uavdt(root, split, stride=1):
+    """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt`; cars, trucks and buses
+    are one class. Every `stride`-th frame: neighbours are all but the same picture."""
+    images, truths = find(root, "UAV-benchmark-M"), find(root, "GT", "UAV-benchmark-MOTD_v1.0/GT")
+    names = {path.name.split("_")[0] for folder in (images, truths) for path in folder.glob("M*")}
+    for name in sorted(name for name in names if (name in UAVDT_TEST) == (split == "test")):
+        if not (truths / f"{name}_gt_whole.txt").is_file():
+            raise SystemExit(f"{truths} lacks {name}_gt_whole.txt ({name}_gt.txt has no classes: not enough)")
+        boxes, ignore = uavdt_rows(truths / f"{name}_gt_whole.txt", (1, 2, 3)), {}
+        if (truths / f"{name}_gt_ignore.txt").is_file():
+            ignore = uavdt_rows(truths / f"{name}_gt_ignore.txt", (-1,))
+        on_disk = {int(p.stem[3:]) for p in (images / name).glob("img[0-9]*.jpg")}  # frames without a box too
+        for frame in sorted(on_disk | boxes.keys())[::stride]:
+            yield images / name / f"img{frame:06d}.jpg", boxes.get(frame, []), ignore.get(frame, [])
+
+
+def coco(root, split, category="person", annotations=None):
+    """Any COCO-form JSON, images found by base name below `root`: one category; `iscrowd` is an ignore
+    region. Images without it stay in, as empty ones."""
+    path = Path(annotations) if annotations else find(root, f"annotations/instances_{split}2017.json")
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there")
+    with reading(path):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        ids = {entry["name"]: entry["id"] for entry in data["categories"]}
+        names = {entry["id"]: str(entry["file_name"]) for entry in data["images"]}
+        entries = data["annotations"]
+    if category not in ids:
+        raise SystemExit(f"{path} has no category {category!r}, but " + ", ".join(map(repr, ids)))
+    boxes, ignore = {image: [] for image in names}, {image: [] for image in names}
+    for number, entry in enumerate(entries, 1):
+        with reading(path, f"annotation {number}"):
+            if entry["category_id"] == ids[category]:
+                kind = ignore if entry.get("iscrowd", 0) else boxes
+                kind[entry["image_id"]].append(corners(*entry["bbox"]))
+    images = images_by_name(root, split)
+    for image, name in names.items():
+        yield locate(name, images, root), boxes[image], ignore[image]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From annotations to the JSONL
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # by Pillow, of broken files
+
+
+def image_size(path, verify=True):
+    """(width, height) of an image as people see it, upright. With `verify` it is decoded to the last pixel;
+    one of UNREADABLE is raised if that fails."""
+    with Image.open(path) as image:
+        if verify:
+            image.load()
+        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if lies_on_its_side else image.size
+
+
+def measure(annotation, verify):
+    """(image, boxes, ignore) -> the same, the image's size (None: unreadable) and the reason."""
+    try:
+        return *annotation, image_size(annotation[0], verify), ""
+    except UNREADABLE as error:
+        return *annotation, None, str(error)
+
+
+def measured(annotations, verify):
+    """`measure` all, in order. Decoding uses every core, a block at a time, so that memory stays small."""
+    if not verify:
+        yield from (measure(annotation, verify) for annotation in annotations)
+        return
+    with Pool() as pool:
+        while block := list(itertools.islice(annotations, 512)):
+            yield from pool.imap(functools.partial(measure, verify=verify), block, chunksize=8)
+
+
+def sample(items, n, seed):
+    """n of the items, each as likely as the next, in their order: one pass, n in memory."""
+    rng = random.Random(seed)
+    drawn = heapq.nsmallest(n, ((rng.random(), number, item) for number, item in enumerate(items)))
+    return [item for _, number, item in sorted(drawn, key=lambda entry: entry[1])]
+
+
 def clip_to_image(boxes, width, height):
-    """Boxes cut to the image (CrowdHuman's run beyond it); what has no area left, or never had one, is
-    dropped."""
+    """Boxes cut to the image (many annotators run beyond it); what has no area there, or never had, goes."""
     clipped = np.clip(np.reshape(boxes, (-1, 4)), 0, [width, height, width, height])
     return clipped[(clipped[:, 2:] > clipped[:, :2]).all(axis=1)].round(2).tolist()
 
 
-def image_size(path):
-    """(width, height) of an image as people see it, decoded to the last pixel. OSError if it is missing or
-    cut short."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).size
-
-
-def convert(annotations, out, target, max_boxes, draw):
-    """Annotated images -> the JSONL `out`, images referenced and not copied, and a count of what happened to
-    each.
+def convert(annotations, out, target, max_boxes=60, min_size=0, verify=True):
+    """Annotated images -> the JSONL `out`, images referenced and not copied; prints what became of each.
 
     An image with more than `max_boxes` is dropped whole: with some of its boxes cut, right answers would be
-    punished.
+    punished. For the same reason a box whose longer side is under `min_size` becomes an ignore region.
     """
-    out, records, dropped = Path(out), [], Counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for image, boxes, ignore in tqdm(annotations, "converting"):
-        try:
-            width, height = image_size(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            tqdm.write(f"left out: {image}: {error}", file=sys.stderr)
-            dropped["image missing or unreadable"] += 1
-            continue
-        kept, ignore = clip_to_image(boxes, width, height), clip_to_image(ignore, width, height)
-        dropped["box without area"] += len(boxes) - len(kept)
-        if len(kept) > max_boxes:
-            dropped[f"image with more than {max_boxes} boxes"] += 1
-            continue
-        about = {"image": os.path.relpath(image, out.parent), "width": width, "height": height}
-        records.append(about | {"target": target, "boxes": kept, "ignore": ignore})
-    if not records:
-        raise SystemExit(f"nothing converted, {out} not written: {dict(dropped)}")
-    write_jsonl(out, records)
-    counts = [len(record["boxes"]) for record in records]
-    print(f"{out}: {len(records)} images, {sum(counts)} boxes, "
-          f"{sum(len(record['ignore']) for record in records)} ignore regions; "
-          f"boxes an image: median {np.median(counts):g}, max {max(counts)}")
-    for reason, number in dropped.items():
+    out, written, changed, histogram = Path(out), Counter(), Counter(), Counter()
+    with written_whole(out) as file:
+        bar = tqdm(measured(annotations, verify), "converting", unit=" images")
+        for image, boxes, ignore, size, reason in bar:
+            if size is None:
+                tqdm.write(f"left out: {image}: {reason}", file=sys.stderr)
+                changed["images left out: missing or unreadable"] += 1
+                continue
+            inside, ignore = clip_to_image(boxes, *size), clip_to_image(ignore, *size)
+            large = [box for box in inside if max(box[2] - box[0], box[3] - box[1]) >= min_size]
+            ignore += [box for box in inside if box not in large]
+            if len(large) > max_boxes:
+                changed[f"images left out: more than {max_boxes} boxes"] += 1
+                continue
+            about = {"image": os.path.relpath(image, out.parent), "width": size[0], "height": size[1]}
+            file.write(json.dumps(about | {"target": target, "boxes": large, "ignore": ignore}) + "\n")
+            histogram[len(large)] += 1
+            written.update({"images": 1, "boxes": len(large), "ignore regions": len(ignore)})
+            changed["boxes left out: no area inside the image"] += len(boxes) - len(inside)
+            changed[f"boxes under {min_size:g} pixels made ignore regions"] += len(inside) - len(large)
+        if not written:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in changed.items())
+            raise SystemExit(f"nothing converted, {out} not written: {reasons or 'no image is annotated'}")
+    report(out, written, changed, histogram)
+
+
+def report(out, written, changed, histogram):
+    """Print the counts, and how many images have how many boxes."""
+    print(out)
+    for name, number in (written | +changed).items():
+        print(f"{number:>10,}  {name}")
+    counts = sorted(histogram.elements())
+    print(f"boxes an image: median {np.median(counts):g}, max {counts[-1]}")
+    edges = [0, 1, 2, 5, 10, 20, 40, 60, 100, 10**9]
+    bins, _ = np.histogram(counts, edges)
+    for low, high, number in zip(edges, edges[1:], bins):
         if number:
-            print(f"dropped: {number} x {reason}")
-    draw_records(out, records[:draw])
+            name = f"{low}" if high == low + 1 else f"{low}-{high - 1}" if high < 10**9 else f"{low}+"
+            print(f"{name:>8}  {number:>7,}  {'#' * math.ceil(50 * number / bins.max())}")
 
 
-def draw_records(out, records):
-    """Pictures to look at: truth orange, ignore regions grey."""
+def draw_records(out, number, seed):
+    """Pictures to look at, of records drawn at random: boxes orange, ignore regions grey."""
+    out = Path(out)
+    with open(out, encoding="utf-8") as lines:
+        records = sample(map(json.loads, lines), number, seed)
     for number, record in enumerate(records):
         with Image.open(out.parent / record["image"]) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
@@ -370,12 +616,65 @@ def draw_records(out, records):
         for boxes, color in ((record["ignore"], (150, 150, 150)), (record["boxes"], (255, 140, 0))):
             for box in boxes:
                 pen.rectangle(box, outline=color, width=line)
-        picture.save(out.with_name(f"{out.stem}-{number}.png"))
-        print(out.with_name(f"{out.stem}-{number}.png"))
+        path = out.with_name(f"{out.stem}-{number}.png")
+        picture.save(path)
+        print(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line: a subcommand a source
+
+SOURCES = {  # name: (reader, splits, what the question asks for, what is looked for below the root)
+    "crowdhuman": (crowdhuman, ["train", "val"], "person",
+                   "annotation_<split>.odgt beside the folder Images"),
+    "citypersons": (citypersons, ["train", "val"], "pedestrian",
+                    "annotations/anno_<split>.mat or gtBboxCityPersons/<split>, and leftImg8bit/<split>"),
+    "widerpedestrian": (widerpedestrian, ["train", "val"], "person",
+                        "<split>_annotations.txt (2018) or Annotations/<split>_bbox.txt (2019), and images"),
+    "uavdt": (uavdt, ["train", "test"], "vehicle",
+              "UAV-benchmark-M/<sequence>/*.jpg and GT/<sequence>_gt_whole.txt"),
+    "coco": (coco, ["train", "val", "test"], None,
+             "annotations/instances_<split>2017.json (or any --annotations), and images"),
+}
+
+
+def add_source(commands, name):
+    """The subcommand of a real data set, with the options that all of them share."""
+    _, splits, target, layout = SOURCES[name]
+    parser = commands.add_parser(name, help=layout, description=f"Looks below the root for {layout}.")
+    option = parser.add_argument
+    option("root", help="the data set's folder")
+    option("--split", choices=splits, required=True)
+    option("--out", required=True, help="the JSONL to write")
+    option("--target", default=target, help=f"what to ask for (default {target or 'the category'})")
+    option("--max_boxes", type=int, default=60, help="drop images with more, never single boxes (default 60)")
+    option("--min_size", type=float, default=0, metavar="PIXELS",
+           help="boxes whose longer side is shorter become ignore regions (default 0: none)")
+    option("--limit", type=int, metavar="N", help="convert N images only, drawn at random (default: all)")
+    option("--seed", type=int, default=0, help="of what --limit and --draw pick (default 0)")
+    option("--draw", type=int, default=0, metavar="N", help="draw N images with their boxes (default 0)")
+    option("--no_verify", action="store_true", help="trust that images decode: read their headers only")
+    if name == "uavdt":
+        option("--stride", type=int, default=1, help="take every so many-th frame (default 1)")
+    if name == "coco":
+        option("--category", default="person", help="by its name in the file (default person)")
+        option("--annotations", metavar="JSON", help="another file than the official one")
+
+
+def run_source(args):
+    """One data set, as its subcommand says."""
+    reader, _, _, _ = SOURCES[args.command]
+    special = {name: getattr(args, name) for name in ("stride", "category", "annotations") if name in args}
+    annotations = reader(args.root, args.split, **special)
+    if args.limit:
+        annotations = iter(sample(annotations, args.limit, args.seed))
+    target = args.target or args.category
+    convert(annotations, args.out, target, args.max_boxes, args.min_size, not args.no_verify)
+    draw_records(args.out, args.draw, args.seed)
 
 
 def main(argv=None):
-    """The command line: one subcommand a source."""
+    """Read the command line and do what it says."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -391,12 +690,8 @@ def main(argv=None):
     small.add_argument("--seed", type=int, default=0, help="of its random weights (default 0)")
     small.add_argument("--size", type=int, default=112, help="numbers up to it are a token (default 112)")
 
-    real = commands.add_parser("crowdhuman", help="annotation_<split>.odgt beside the folder Images")
-    real.add_argument("root", help="the folder that holds both")
-    real.add_argument("--split", choices=["train", "val"], required=True)
-    real.add_argument("--out", required=True, help="the JSONL to write")
-    real.add_argument("--max_boxes", type=int, default=60, help="drop images with more people (default 60)")
-    real.add_argument("--draw", type=int, default=0, help="also draw so many images with their boxes")
+    for name in SOURCES:
+        add_source(commands, name)
 
     args = parser.parse_args(argv)
     if args.command == "synthetic":
@@ -405,7 +700,7 @@ def main(argv=None):
         model = tiny(args.out, args.seed, args.size)
         print(f"{args.out}: a Qwen2.5-VL of {sum(p.numel() for p in model.parameters()):,} random parameters")
     else:
-        convert(crowdhuman(args.root, args.split), args.out, "person", args.max_boxes, args.draw)
+        run_source(args)
 
 
 if __name__ == "__main__":

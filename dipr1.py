@@ -26,7 +26,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,6 +56,7 @@ class Config:
 
     demo: bool = knob(False, "draw scenes, make a tiny model, train it, show before and after")
     eval: bool = knob(False, "evaluate --model on --data instead of training")
+    predictions: str = knob("", "score this predictions.jsonl on --data, without a model")
     model: str = knob("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
     data: str = knob("data/train.jsonl", "one image a line, as data_prep.py writes it")
     output_dir: str = knob("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
@@ -89,6 +89,8 @@ class Config:
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward: slower, less memory")
     groups_per_forward: int = knob(1, "groups scored in one forward; more is faster, if it fits")
     batch_size: int = knob(8, "prompts decoded at once in evaluation")
+    samples: int = knob(8, "answers sampled an image in evaluation, beside the greedy one; 0 = none")
+    pictures: int = knob(8, "draw the first so many images of an evaluation")
     limit: int = knob(0, "evaluate on the first so many images only; 0 = all")
     picture_every: int = knob(20, "steps between pictures; 0 = none")
     save_every: int = knob(100, "steps between checkpoints (one more at the end); 0 = none")
@@ -221,16 +223,25 @@ def match_boxes(pred, gt, iou_threshold=0.5):
     return rows[paired], cols[paired], iou[rows, cols][paired]
 
 
+def share_inside(boxes, regions):
+    """(n, 4), (m, 4) -> (n,) in [0, 1]: the largest share of each box that lies in one of the regions."""
+    boxes, regions = as_boxes(boxes), as_boxes(regions)
+    inside, area = box_intersection(boxes, regions).max(axis=1, initial=0), box_area(boxes)
+    return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
+
+
+def crowded(boxes, iou_threshold):
+    """(n, 4) -> (n,) bool: which boxes overlap another one by more than this IoU."""
+    return (box_iou(boxes, boxes) - np.eye(len(boxes)) > iou_threshold).any(axis=1)
+
+
 def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
     """-> (true positives, predictions, truths). Unmatched predictions more than half inside an ignore region
     are not counted: nobody annotated there, so nobody can say that they are wrong."""
-    pred, ignore = as_boxes(pred), as_boxes([] if ignore is None else ignore)
     pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
-    excused = np.zeros(len(pred), bool)
-    if len(ignore) and len(pred):
-        excused = box_intersection(pred, ignore).max(axis=1) > 0.5 * box_area(pred)
-        excused[pred_idx] = False
-    return len(pred_idx), len(pred) - int(excused.sum()), len(gt)
+    excused = share_inside(pred, [] if ignore is None else ignore) > 0.5
+    excused[pred_idx] = False
+    return len(pred_idx), len(excused) - int(excused.sum()), len(gt)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -407,12 +418,12 @@ class Encoder:
     def prompt(self, index, record):
         """Read the image and build the chat around it -> Prompt. SystemExit names an image that fails."""
         try:
-            image = open_image(record["image"])
-        except (OSError, Image.DecompressionBombError) as error:
-            raise SystemExit(f"{record['image']}: cannot be read ({error})") from None
+            image = open_image(record["path"])
+        except OSError as error:
+            raise SystemExit(f"{record['path']}: cannot be read ({error})") from None
         if image.size != (record["width"], record["height"]):
             said = (record["width"], record["height"])
-            raise SystemExit(f"{record['image']} is {image.size}, but its line in the data says {said}")
+            raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
         seen = self.image_processor(images=[image], return_tensors="pt")
         grid = seen["image_grid_thw"]
         rows, columns = grid[0, 1].item(), grid[0, 2].item()
@@ -453,9 +464,9 @@ class Encoder:
         """
         order = np.argsort(prompt.truth[:, 0], kind="stable")
         boxes = clip_boxes(prompt.truth[order], prompt.width, prompt.height).round().astype(int)
-        iou = box_iou(prompt.truth[order], prompt.truth[order])
-        crowded = boxes[(iou - np.eye(len(iou)) > 0.05).any(axis=1)]
-        text = (f"<think>{len(boxes)} people, {len(crowded)} overlap</think><look>{crowded.tolist()}</look>"
+        look, target = boxes[crowded(prompt.truth[order], 0.05)], prompt.record["target"]
+        who = "people" if target == "person" else target + "s"
+        text = (f"<think>{len(boxes)} {who}, {len(look)} overlap</think><look>{look.tolist()}</look>"
                 f"<answer>{boxes.tolist()}</answer>")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
         return torch.tensor(ids, device=self.device)
@@ -700,12 +711,27 @@ def progress(items, title, total):
 
 def open_image(path):
     """An image as people see it: upright (EXIF), RGB. OSError if it cannot be decoded."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow, of broken files
+        raise OSError(error) from None
+
+
+def read_jsonl(path, check):
+    """A JSON object a line -> a list of check(object). SystemExit names the line at which that fails."""
+    checked = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            if line.strip():
+                checked.append(check(json.loads(line)))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+    return checked
 
 
 def load_records(path):
-    """Read a JSONL that data_prep.py wrote, check every line, and make its image paths absolute."""
+    """Read a JSONL that data_prep.py wrote, check every line, and say where each image lies (`path`)."""
     path = Path(path)
     if not path.is_file():
         raise SystemExit(
@@ -714,20 +740,17 @@ def load_records(path):
             f"or draw scenes,\n    python data_prep.py synthetic --out {path.parent}\n"
             f"or see the whole method at work without any data,\n    python dipr1.py --demo"
         )
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = {"target": "person", "ignore": [], **json.loads(line)}
-            for name in ("boxes", "ignore"):
-                record[name] = np.array(record[name], float).reshape(-1, 4)
-            if not (record["width"] > 0 and record["height"] > 0 and np.isfinite(record["boxes"]).all()):
-                raise ValueError("sizes must be positive and boxes finite")
-            record["image"] = str(path.parent / record["image"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
-        records.append(record)
+
+    def check(line):
+        record = {"target": "person", "ignore": [], **line}
+        for name in ("boxes", "ignore"):
+            record[name] = np.array(record[name], float).reshape(-1, 4)
+        finite = np.isfinite(record["boxes"]).all() and np.isfinite(record["ignore"]).all()
+        if not (record["width"] > 0 and record["height"] > 0 and finite):
+            raise ValueError("sizes must be positive and boxes finite")
+        return record | {"path": str(path.parent / record["image"])}
+
+    records = read_jsonl(path, check)
     if not records:
         raise SystemExit(f"{path} holds no image")
     return records
@@ -1027,7 +1050,7 @@ def draw_picture(group, path, height=448):
     prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
     scale = height / prompt.height
     size = (round(prompt.width * scale), height)
-    image = open_image(prompt.record["image"]).resize(size)
+    image = open_image(prompt.record["path"]).resize(size)
     counts = [coverage(r.answer, prompt.width, prompt.height) for r in responses if r.answer is not None]
     unsure = disagreement(counts) if len(counts) > 1 else np.zeros((prompt.height // 14, prompt.width // 14))
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
@@ -1050,77 +1073,190 @@ def draw_picture(group, path, height=448):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation: what a detection researcher would ask, in pixels of the original image
 
 EVALUATION = 2**31  # stands where training has its step: evaluation draws numbers that training never sees
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 
-def tally(prompt, texts, looks):
-    """What completions of one prompt and their look rewards add to the evaluation's sums -> Counter."""
-    sums = Counter()
+def ratio(a, b):
+    """a / b, and 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros(np.shape(a)), where=np.asarray(b) > 0)
+
+
+# JI = k / (m + n - k),   k pairs of m predictions and n truths
+def jaccard_index(pred, truth, ignore):
+    """CrowdHuman's index of one image, in [0, 1]; it needs no confidence. Unmatched boxes that lie more than
+    half in an ignore region leave both counts; 1 if nothing is there and nothing was predicted."""
+    pred_idx, truth_idx, _ = match_boxes(pred, truth)
+    left_over = 0
+    for boxes, matched in ((pred, pred_idx), (truth, truth_idx)):
+        left_over += (np.delete(share_inside(boxes, ignore), matched) <= 0.5).sum()
+    k = len(pred_idx)
+    return k / (k + left_over) if k + left_over else 1.0
+
+
+def coco_hits(pred, truth, ignore, iou_threshold):
+    """COCO's greedy matching of one image -> a list of 1 (hit) and 0 (miss), in the order written.
+
+    Each prediction takes the free truth that it overlaps most. One that finds none is a miss, unless a share
+    of it as large as the threshold lies in an ignore region: then it is left out.
+    """
+    free, hits = np.ones(len(truth), bool), []
+    for overlaps, inside in zip(box_iou(pred, truth), share_inside(pred, ignore)):
+        candidates = np.flatnonzero(free & (overlaps >= iou_threshold))
+        if len(candidates):
+            free[candidates[overlaps[candidates].argmax()]] = False
+            hits.append(1)
+        elif inside < iou_threshold:
+            hits.append(0)
+    return hits
+
+
+# AP = mean over recalls r in {0, .01, .., 1} of  max { precision at k : recall at k >= r }
+def average_precision(images, iou_threshold):
+    """COCO's 101-point average precision of (pred, truth, ignore) for every image, in [0, 1].
+
+    A language model gives no confidences: all are equal, and COCO breaks the tie by order - images as they
+    come, boxes as they are written, the first 100 of an image. So this AP depends on the answers' order.
+    """
+    hits = [coco_hits(pred[:100], truth, ignore, iou_threshold) for pred, truth, ignore in images]
+    hits, n_truth = sum(hits, []), sum(len(truth) for _, truth, _ in images)
+    tp = np.cumsum(hits)
+    precision = tp / np.arange(1, len(hits) + 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or any higher one
+    at = np.searchsorted(tp / max(n_truth, 1), np.linspace(0, 1, 101), side="left")
+    return np.append(best, 0.0)[at].mean()
+
+
+def detection_figures(images):
+    """(pred (n, 4), truth (m, 4), ignore (k, 4)) of every image -> dict of figures; the README defines each."""
+    counts = np.array([[count_matches(*image, iou) for iou in IOU_THRESHOLDS] for image in images])
+    tp, n_pred, n_truth = counts.sum(axis=0).T  # each by IoU threshold
+    precision, recall, f1 = ratio(tp, n_pred), ratio(tp, n_truth), ratio(2 * tp, n_pred + n_truth)
+    matches = [match_boxes(pred, truth) for pred, truth, _ in images]
+    hidden = [crowded(truth, 0.2) for _, truth, _ in images]  # the paper's own concern
+    found = [hides[truth_idx].sum() for hides, (_, truth_idx, _) in zip(hidden, matches)]
+    ious = np.concatenate([iou for _, _, iou in matches])
+    aps = [average_precision(images, iou) for iou in IOU_THRESHOLDS]
+    return {
+        "precision": precision[0], "recall": recall[0], "f1": f1[0],
+        "precision_50_95": precision.mean(), "recall_50_95": recall.mean(), "f1_50_95": f1.mean(),
+        "mean_iou": ious.mean() if len(ious) else 0.0,
+        "jaccard": np.mean([jaccard_index(*image) for image in images]),
+        "ap50": aps[0], "ap": np.mean(aps),
+        "crowded_recall": ratio(sum(found), np.concatenate(hidden).sum()),
+        "count_mae": np.abs(counts[:, 0, 1] - counts[:, 0, 2]).mean(),
+        "boxes_per_image": np.mean([len(pred) for pred, _, _ in images]),
+        "truth_boxes_per_image": np.mean([len(truth) for _, truth, _ in images]),
+    }
+
+
+def score(records, predictions):
+    """Predictions, one a record, as predictions.jsonl holds them -> dict of figures.
+
+    All need "boxes"; "text", "look_reward" and "samples", where they are known, give the figures of the form
+    of the greedy answer, of its look, and of answers sampled at temperature T.
+    """
+    def beside_truth(answers):
+        for record, answer in answers:
+            pred = clip_boxes(answer["boxes"], record["width"], record["height"])
+            yield pred, record["boxes"], record["ignore"]
+
+    pairs = list(zip(records, predictions))
+    figures = detection_figures(list(beside_truth(pairs)))
+    if all("text" in p for p in predictions):
+        figures["format_rate"] = np.mean([format_reward(p["text"]) for p in predictions])
+    if all("look_reward" in p for p in predictions):
+        figures["look_reward"] = np.mean([p["look_reward"] for p in predictions])
+    samples = [(record, sample) for record, p in pairs for sample in p.get("samples", [])]
+    if samples:
+        tp, n_pred, n_truth = np.sum([count_matches(*image) for image in beside_truth(samples)], axis=0)
+        figures["sampled_f1"] = ratio(2 * tp, n_pred + n_truth)
+        figures["sampled_look_reward"] = np.mean([sample["look_reward"] for _, sample in samples])
+    return {name: float(value) for name, value in figures.items()}
+
+
+def answers(prompt, texts, looks):
+    """Completions of a prompt as predictions.jsonl keeps them, boxes in pixels of the original image; an
+    answer that does not parse has none."""
+    size = prompt.record["width"], prompt.record["height"]
     for text, look in zip(texts, looks):
         answer = parse_response(text).answer
         boxes = clip_boxes([] if answer is None else answer, prompt.width, prompt.height)
-        tp, n_pred, n_gt = count_matches(boxes, prompt.truth, prompt.ignore)
-        either = n_pred + n_gt - tp
-        sums.update(completions=1, tp=tp, n_pred=n_pred, n_gt=n_gt, jaccard=tp / either if either else 1.0,
-                    format=format_reward(text), look=look, boxes=len(boxes), truth_boxes=len(prompt.truth))
-    return sums
-
-
-def sum_over_ranks(sums):
-    """The Counters of all ranks added up."""
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, sums)
-        sums = sum(everyone, Counter())
-    return sums
+        boxes = to_image_space(boxes, size, prompt.grid).round(2).tolist()
+        yield {"text": text, "boxes": boxes, "look_reward": look}
 
 
 @torch.no_grad()
-def evaluate(policy, encoder, records, cfg):
-    """Score a policy on held-out images, shared out over the ranks -> dict of figures.
+def predict(policy, encoder, records, cfg, folder):
+    """Answer every image once greedily, as the model would be used, and `--samples` times at temperature T,
+    as it is trained; images are shared out over the ranks -> predictions in order, on every rank.
 
-    Every image is answered once greedily, as the model would be used, and G times at temperature T, as it is
-    trained. IoU is taken in model space: scaling an axis of truth and answer alike leaves it as it is.
-
-        precision, recall, f1   over the boxes of all images together, at IoU 0.5
-        jaccard                 CrowdHuman's index k / (m + n - k), averaged over images
-        format_rate             share of completions of the right form
-        look_reward             the greedy look against the disagreement of the G sampled answers
-        boxes_per_image, truth_boxes_per_image
-        sampled_f1, sampled_look_reward     the same of the sampled completions
+    The greedy look is rewarded against the disagreement of the sampled answers: alone it has no siblings.
     """
     policy, (rank, world) = unwrap(policy), rank_and_world()
-    greedy, sampled = Counter(), Counter()
     chunks = in_chunks(list(enumerate(records))[rank::world], cfg.batch_size)
+    shape, predictions = (cfg.samples, cfg.max_new_tokens), {}
     for chunk in progress(chunks, "evaluating", len(chunks)):
         prompts = [encoder.prompt(index, record) for index, record in chunk]
-        shape = (cfg.group_size, cfg.max_new_tokens)
-        uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
         features = policy.see(prompts)
         best = rollout(policy, encoder, prompts, cfg.max_new_tokens, None, features)
-        groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms, features)
-        for prompt, one, group in zip(prompts, best, groups):
-            responses = [parse_response(text) for text in one.texts + group.texts]
-            look = look_rewards(responses, prompt.width, prompt.height)[0]
-            greedy += tally(prompt, one.texts, [look])
-            sampled += tally(prompt, group.texts, look_rewards(responses[1:], prompt.width, prompt.height))
-    greedy, sampled = sum_over_ranks(greedy), sum_over_ranks(sampled)
-    images = greedy["completions"]
-    f1 = lambda sums: 2 * sums["tp"] / max(sums["n_pred"] + sums["n_gt"], 1)
-    return {
-        "precision": greedy["tp"] / max(greedy["n_pred"], 1),
-        "recall": greedy["tp"] / max(greedy["n_gt"], 1),
-        "f1": f1(greedy),
-        "jaccard": greedy["jaccard"] / images,
-        "format_rate": greedy["format"] / images,
-        "look_reward": greedy["look"] / images,
-        "boxes_per_image": greedy["boxes"] / images,
-        "truth_boxes_per_image": greedy["truth_boxes"] / images,
-        "sampled_f1": f1(sampled),
-        "sampled_look_reward": sampled["look"] / sampled["completions"],
-    }
+        texts = [one.texts for one in best]
+        if cfg.samples:
+            uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
+            groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms, features)
+            texts = [one.texts + group.texts for one, group in zip(best, groups)]
+        for prompt, (greedy, *sampled) in zip(prompts, texts):
+            responses = [parse_response(text) for text in (greedy, *sampled)]
+            looks = [look_rewards(responses, prompt.width, prompt.height)[0],
+                     *look_rewards(responses[1:], prompt.width, prompt.height)]
+            first, *rest = answers(prompt, [greedy, *sampled], looks)
+            about = {name: prompt.record[name] for name in ("image", "target")}
+            predictions[prompt.index] = about | first | ({"samples": rest} if cfg.samples else {})
+            if prompt.index < cfg.pictures:
+                name = f"{prompt.index:06d}.png"
+                draw_picture(Group(prompt, [], texts=[greedy, *sampled]), Path(folder) / "pictures" / name)
+    return gather(predictions)
+
+
+def gather(predictions):
+    """{index: prediction} of all ranks -> one list, in the order of the index."""
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, predictions)
+        predictions = {index: p for part in everyone for index, p in part.items()}
+    return [predictions[index] for index in sorted(predictions)]
+
+
+def evaluate(policy, encoder, records, cfg, folder):
+    """Answer held-out images, write predictions.jsonl and pictures to `folder` -> dict of figures."""
+    predictions = predict(policy, encoder, records, cfg, folder)
+    if rank_and_world()[0] == 0:
+        write_text(Path(folder) / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    return score(records, predictions)
+
+
+def load_predictions(path, records):
+    """predictions.jsonl, ours or another tool's (`image` and `boxes` suffice), in the order of the records.
+    A record that has no prediction counts as answered by nothing, with a warning."""
+    line_of = {(record["image"], record["target"]): number for number, record in enumerate(records)}
+    predictions = {}
+
+    def check(entry):
+        key = entry["image"], entry.get("target", "person")
+        if key not in line_of or line_of[key] in predictions:
+            raise ValueError(f"{key} " + ("comes twice" if key in line_of else "is not in the data"))
+        for answer in (entry, *entry.get("samples", [])):
+            if not np.isfinite(np.array(answer["boxes"], float).reshape(-1, 4)).all():
+                raise ValueError("boxes must be finite")
+        predictions[line_of[key]] = entry
+
+    read_jsonl(path, check)
+    missing = len(records) - len(predictions)
+    if missing:
+        print0(f"{path}: no prediction for {missing} of {len(records)} images; they count as answered by nothing")
+    return [predictions.get(number, {"boxes": []}) for number in range(len(records))]
 
 
 def print_table(columns):
@@ -1130,10 +1266,10 @@ def print_table(columns):
         print0(f"{figure:<24}" + "".join(f"{values[figure]:>10.3f}" for values in columns.values()))
 
 
-def write_json(path, content):
-    """Write an indented JSON file, making its folder if need be."""
+def write_text(path, text):
+    """Write a file, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(text, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1202,14 +1338,18 @@ def train(cfg):
 
 
 def run_evaluation(cfg):
-    """`--eval`: print the table and write eval.json."""
-    records = load_records(cfg.data)[: cfg.limit or None]
-    policy, encoder = setup(cfg)
-    figures = evaluate(policy, encoder, records, cfg)
-    print_table({Path(cfg.model).name: figures})
+    """`--eval`, or `--predictions FILE` of any tool: print the table and write eval.json."""
+    records, source = load_records(cfg.data), cfg.predictions or cfg.model
+    if cfg.predictions:
+        predictions = load_predictions(cfg.predictions, records)
+        figures = score(records[: cfg.limit or None], predictions[: cfg.limit or None])
+    else:
+        policy, encoder = setup(cfg)
+        figures = evaluate(policy, encoder, records[: cfg.limit or None], cfg, cfg.output_dir)
+    print_table({Path(source).name: figures})
     if rank_and_world()[0] == 0:
-        about = {"model": cfg.model, "data": cfg.data, "images": len(records)}
-        write_json(Path(cfg.output_dir) / "eval.json", about | figures)
+        about = {"source": source, "data": cfg.data, "images": len(records[: cfg.limit or None])}
+        write_text(Path(cfg.output_dir) / "eval.json", json.dumps(about | figures, indent=2))
 
 
 def run_demo(cfg):
@@ -1224,12 +1364,13 @@ def run_demo(cfg):
     policy, encoder = setup(cfg)
     log = Log(folder)
     train_sft(policy, encoder, records, cfg, log)
-    sft = evaluate(policy, encoder, held_out, cfg)
+    sft = evaluate(policy, encoder, held_out, cfg, folder / "sft")
     train_grpo(policy, encoder, records, cfg, log)
-    after = evaluate(policy, encoder, held_out, cfg)
+    after = evaluate(policy, encoder, held_out, cfg, folder / "dipr1")
     print_table({"SFT": sft, "DIP-R1": after})
     seconds = round(time.time() - started)
-    write_json(folder / "summary.json", {"seed": cfg.seed, "seconds": seconds, "sft": sft, "dipr1": after})
+    summary = {"seed": cfg.seed, "seconds": seconds, "sft": sft, "dipr1": after}
+    write_text(folder / "summary.json", json.dumps(summary, indent=2))
     print0(f"\n{seconds} s. Written: {folder}/summary.json, metrics.jsonl and pictures/")
 
 
@@ -1244,7 +1385,8 @@ def main(argv=None):
         parser.set_defaults(**DEMO)
     (cfg,) = parser.parse_args_into_dataclasses(argv)
     logging.disable_progress_bar()
-    (run_demo if cfg.demo else run_evaluation if cfg.eval else train)(cfg)
+    evaluates = cfg.eval or cfg.predictions
+    (run_demo if cfg.demo else run_evaluation if evaluates else train)(cfg)
     if dist.is_initialized():
         dist.destroy_process_group()
 
