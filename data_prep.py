@@ -253,7 +253,7 @@ def tiny_tokenizer(size):
 
 def smooth_numbers(embeddings, tokenizer, size, rng):
     """Start neighbouring numbers as neighbours: a random walk, smoothed over a few pixels, through embedding
-    space.
+    space; and numbers with a comma apart from numbers without by one direction that all of them share.
 
     A pretrained model knows that 41 is close to 42. Without that, the demo would spend its minutes on
     learning it.
@@ -264,8 +264,9 @@ def smooth_numbers(embeddings, tokenizer, size, rng):
     walk *= embeddings.std().item() / walk.std()
     for comma in ("", ", "):
         ids = tokenizer.convert_tokens_to_ids([f"{number}{comma}" for number in range(size + 1)])
+        kind = rng.standard_normal(embeddings.shape[1]) * embeddings.std().item()
         with torch.no_grad():
-            embeddings[ids] = 0.3 * embeddings[ids] + torch.from_numpy(walk).to(embeddings)
+            embeddings[ids] = 0.3 * embeddings[ids] + torch.from_numpy(walk + kind).to(embeddings)
 
 
 def tiny(out, seed=0, size=112):

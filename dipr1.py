@@ -26,6 +26,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -233,6 +235,13 @@ def share_inside(boxes, regions):
 def crowded(boxes, iou_threshold):
     """(n, 4) -> (n,) bool: which boxes overlap another one by more than this IoU."""
     return (box_iou(boxes, boxes) - np.eye(len(boxes)) > iou_threshold).any(axis=1)
+
+
+def crowds(boxes, iou_threshold):
+    """(n, 4) -> (k, 4): a box around each cluster of boxes that overlap, in a chain, by more than this IoU."""
+    k, cluster = connected_components(box_iou(boxes, boxes) > iou_threshold, directed=False)
+    members = [boxes[cluster == number] for number in range(k)]
+    return as_boxes([[*m[:, :2].min(axis=0), *m[:, 2:].max(axis=0)] for m in members if len(m) > 1])
 
 
 def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
@@ -459,13 +468,14 @@ class Encoder:
     def target(self, prompt):
         """The supervised target: the truth in the template, left to right.
 
-        Its look is at whoever overlaps someone else, our reading. (With the first person as target, look and
-        answer were coupled, and the model learned to skip people.)
+        Its look is a region around each cluster of people who overlap, our reading. (With the people
+        themselves as target the answer learns to copy its boxes from the look, and what GRPO teaches the look
+        then confuses the answer.)
         """
         order = np.argsort(prompt.truth[:, 0], kind="stable")
-        boxes = clip_boxes(prompt.truth[order], prompt.width, prompt.height).round().astype(int)
-        look, target = boxes[crowded(prompt.truth[order], 0.05)], prompt.record["target"]
-        who = "people" if target == "person" else target + "s"
+        truth = clip_boxes(prompt.truth[order], prompt.width, prompt.height)
+        boxes, look = truth.round().astype(int), crowds(truth, 0.2).round().astype(int)
+        who = "people" if prompt.record["target"] == "person" else prompt.record["target"] + "s"
         text = (f"<think>{len(boxes)} {who}, {len(look)} overlap</think><look>{look.tolist()}</look>"
                 f"<answer>{boxes.tolist()}</answer>")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
@@ -489,35 +499,81 @@ class Group:
 def pack(group):
     """Lay a group out as one row [ image + prompt | o_1 | o_2 | ... | o_G ] of length L.
 
-    Returns ids (L,), M-RoPE positions (L, 3), segment (L,) - 0 for the prompt, i for o_i - and source (N,):
-    for each completion token the place in the row whose hidden state predicts it. Every completion starts at
-    the position where the prompt ended, so to itself it is the only one.
+    Returns ids (L,), M-RoPE positions (L, 3) and source (N,): for each completion token the place in the row
+    whose hidden state predicts it. Every completion starts at the position where the prompt ended, so to
+    itself it is the only one.
     """
     prompt, end = group.prompt, len(group.prompt.ids)
     device, first = prompt.ids.device, prompt.positions.max() + 1
-    ids, positions, segments, sources = [prompt.ids], [prompt.positions.T], [torch.zeros_like(prompt.ids)], []
-    start = end
-    for number, completion in enumerate(group.completions, 1):
+    ids, positions, sources, start = [prompt.ids], [prompt.positions.T], [], end
+    for completion in group.completions:
         steps = torch.arange(len(completion), device=device)
         ids.append(completion)
         positions.append((first + steps)[:, None].expand(-1, 3))
-        segments.append(torch.full_like(completion, number))
         sources.append(torch.where(steps == 0, end - 1, start + steps - 1))
         start += len(completion)
-    return torch.cat(ids), torch.cat(positions), torch.cat(segments), torch.cat(sources)
+    return torch.cat(ids), torch.cat(positions), torch.cat(sources)
 
 
-def tree_mask(segment, dtype):
-    """(R, L) segments -> (R, 1, L, L): 0 where a token may look, -inf elsewhere. It may look back, at the
-    prompt and at its own completion.
+@dataclass
+class Tree:
+    """How R packed rows of length L branch: a prompt of up to P tokens, G completions of up to T."""
 
-    Padding, segment -1, may look at itself: nobody sees it, but a softmax over nothing would be NaN.
+    prompt: int  # P
+    there: torch.Tensor  # (R, G T) the column of each completion token; of padding, any
+    back: torch.Tensor  # (R, L) the place of each column in [ prompt, P | o_1, T | ... | o_G, T ]
+    mask: torch.Tensor  # (R G, 1, T, P + T) True where a completion's token may look: its prompt, and back
+
+
+def branch(groups):
+    """The Tree of these groups, one to a row."""
+    R, G = len(groups), max(len(group.completions) for group in groups)
+    P = max(len(group.prompt.ids) for group in groups)
+    T = max(len(o) for group in groups for o in group.completions)
+    L = max(len(group.prompt.ids) + group.n_tokens for group in groups)
+    there, back = torch.zeros(R, G, T, dtype=torch.long), torch.zeros(R, L, dtype=torch.long)
+    mask = torch.ones(T, P + T, dtype=torch.bool).tril(P).repeat(R, G, 1, 1)
+    for row, group in enumerate(groups):
+        start = len(group.prompt.ids)
+        back[row, :start] = torch.arange(start)
+        mask[row, ..., start:P] = False
+        for i, o in enumerate(group.completions):
+            there[row, i, : len(o)] = torch.arange(start, start + len(o))
+            back[row, start : start + len(o)] = torch.arange(P + i * T, P + i * T + len(o))
+            start += len(o)
+    device = groups[0].prompt.ids.device
+    return Tree(P, there.flatten(1).to(device), back.to(device), mask.flatten(0, 1)[:, None].to(device))
+
+
+# o = softmax(q k^T / sqrt(d)) v,   where k, v are the prompt's for q in the prompt, and o_i's too for q in o_i
+def tree_attention(module, query, key, value, attention_mask, **options):
+    """Causal attention in which completions do not see each other: (R, H, L, D) x 3, Tree -> (R, L, H, D).
+
+    Exact, and cheaper than a mask over the whole row: what siblings would contribute has weight 0, so it is
+    not computed. A group of eight then costs some five times less, and no (L, L) mask exists. transformers
+    calls this in every layer; without a Tree (prefill and decoding) it is its usual attention.
     """
-    length = segment.shape[1]
-    backwards = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    related = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
-    nothing = torch.zeros((), dtype=dtype, device=segment.device)
-    return torch.where(backwards & related, nothing, nothing - torch.inf)[:, None]
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
+
+    if not isinstance(attention_mask, Tree):
+        return attend(module, query, key, value, attention_mask, **options)
+    tree, R, P = attention_mask, len(query), attention_mask.prompt
+    G = len(tree.mask) // R
+
+    def stem(x):  # (R, H, P, D)
+        return x[:, :, :P]
+
+    def branches(x):  # (R G, H, T, D)
+        there = tree.there[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return x.gather(2, there).unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
+
+    def both(x):  # (R G, H, P + T, D)
+        return torch.cat([stem(x).repeat_interleave(G, 0), branches(x)], dim=2)
+
+    seen_by_prompt, _ = attend(module, stem(query), stem(key), stem(value), None, **options)
+    seen_by_tokens, _ = attend(module, branches(query), both(key), both(value), tree.mask, **options)
+    seen = torch.cat([seen_by_prompt, seen_by_tokens.unflatten(0, (R, G)).flatten(1, 2)], dim=1)
+    return seen.gather(1, tree.back[..., None, None].expand(-1, -1, *seen.shape[2:])), None
 
 
 class Policy(nn.Module):
@@ -528,7 +584,13 @@ class Policy(nn.Module):
 
     def __init__(self, model, tokenizer, temperature=1.0):
         super().__init__()
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
         self.model, self.temperature = model, temperature
+        AttentionInterface.register("tree", tree_attention)
+        AttentionMaskInterface.register("tree", sdpa_mask)  # where no Tree is given
+        model.model.language_model.set_attn_implementation("tree")
         config = model.config
         # A sampled placeholder would want an image that is not there; ids beyond the tokenizer have no text.
         forbidden = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
@@ -567,12 +629,12 @@ class Policy(nn.Module):
         padded to the longest; nothing else is.
         """
         features = self.see([group.prompt for group in groups]) if features is None else features
-        ids, positions, segments, sources = zip(*map(pack, groups))
+        ids, positions, sources = zip(*map(pack, groups))
         embeds = pad_sequence([self.embed(i, f) for i, f in zip(ids, features)], batch_first=True)
         positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
-        mask = tree_mask(pad_sequence(segments, batch_first=True, padding_value=-1), embeds.dtype)
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+            inputs_embeds=embeds, position_ids=positions, use_cache=False,
+            attention_mask={"full_attention": branch(groups)},  # in this form it goes to the layers untouched
         ).last_hidden_state
         hidden = torch.cat([row[source] for row, source in zip(hidden, sources)])
         return self.token_logprobs(hidden, torch.cat([o for group in groups for o in group.completions]))
@@ -637,6 +699,56 @@ def prefill(policy, prompts, copies, room, features):
     return hidden.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
 
+def decode_step(policy, cache):
+    """-> a function: one more token (B,) at position (B, 1), seeing the visible columns -> hidden (B, D)."""
+    def step(token, position, visible):
+        return policy.model.model.language_model(
+            inputs_embeds=policy.model.get_input_embeddings()(token[:, None]), attention_mask=visible,
+            position_ids=position.expand(3, -1, -1), past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, 0]
+
+    return step
+
+
+def captured(step, cache, *inputs):
+    """A decode step as a CUDA graph: recorded once, then replayed with new inputs copied to the old places.
+
+    A step is a thousand small kernels, and Python takes longer to launch them than the GPU to run them; a
+    replay launches all at once. It is exact: the same kernels on the same memory. If something in the model
+    cannot be recorded, the step runs as it is, with a warning.
+    """
+    places = [value.clone() for value in inputs]
+    lengths = [layer.cumulative_length.clone() for layer in cache.layers]
+
+    def rewind():  # a step moves the cache on by one column; trying it out must not
+        for layer, length in zip(cache.layers, lengths):
+            layer.cumulative_length.copy_(length)
+
+    try:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries set themselves up on first use, which must not be recorded
+                step(*places)
+                rewind()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = step(*places)
+    except RuntimeError as error:
+        warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
+        rewind()
+        return step
+
+    def replay(*inputs):
+        for place, value in zip(places, inputs):
+            place.copy_(value)
+        graph.replay()
+        return hidden
+
+    return replay
+
+
 @torch.no_grad()
 def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=None):
     """Complete each prompt G times -> a list of Groups.
@@ -656,7 +768,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     chosen = torch.zeros(P * G, max_new_tokens, device=device)  # log-probabilities of the tokens
     written = torch.zeros(P * G, dtype=torch.long, device=device)
     running = torch.ones(P * G, dtype=torch.bool, device=device)
-    rows = torch.arange(P * G, device=device)  # those still in the batch
+    rows, step = torch.arange(P * G, device=device), None  # the rows still in the batch, and how to go on
     for t in range(max_new_tokens):
         logprobs = policy.logprobs(hidden)
         token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
@@ -670,11 +782,12 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
             rows, token, visible, first = rows[going], token[going], visible[going], first[going]
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[going], layer.values[going]
+            step = None  # a recorded step has a fixed number of rows
         visible[..., t - max_new_tokens] = True  # the column behind the prompts, t further on
-        hidden = policy.model.model.language_model(
-            inputs_embeds=policy.model.get_input_embeddings()(token[:, None]), attention_mask=visible,
-            position_ids=(first + t).expand(3, -1, -1), past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, 0]
+        if step is None:
+            step = decode_step(policy, cache)
+            step = captured(step, cache, token, first + t, visible) if device.type == "cuda" else step
+        hidden = step(token, first + t, visible)
 
     completions = [tokens[row, : written[row]] for row in range(P * G)]
     logp = [chosen[row, : written[row]] for row in range(P * G)]
@@ -1233,7 +1346,8 @@ def evaluate(policy, encoder, records, cfg, folder):
     """Answer held-out images, write predictions.jsonl and pictures to `folder` -> dict of figures."""
     predictions = predict(policy, encoder, records, cfg, folder)
     if rank_and_world()[0] == 0:
-        write_text(Path(folder) / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+        lines = [json.dumps(prediction) + "\n" for prediction in predictions]
+        write_text(Path(folder) / "predictions.jsonl", "".join(lines))
     return score(records, predictions)
 
 
@@ -1255,7 +1369,7 @@ def load_predictions(path, records):
     read_jsonl(path, check)
     missing = len(records) - len(predictions)
     if missing:
-        print0(f"{path}: no prediction for {missing} of {len(records)} images; they count as answered by nothing")
+        print0(f"{path}: no prediction for {missing} of {len(records)} images: they count as answered by []")
     return [predictions.get(number, {"boxes": []}) for number in range(len(records))]
 
 
@@ -1282,10 +1396,15 @@ DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the comman
 DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
 
 
+def join_processes():
+    """Meet the other processes, if torchrun started this one."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
 def setup(cfg):
     """Process group (under torchrun), device, model -> (policy, encoder)."""
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    join_processes()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1356,13 +1475,16 @@ def run_demo(cfg):
     """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes before and after."""
     import data_prep
 
-    started, folder = time.time(), Path(cfg.output_dir)
-    data_prep.synthetic(folder / "scenes", DEMO_SCENES + DEMO_HELD_OUT, cfg.seed, val=DEMO_HELD_OUT)
-    data_prep.tiny(folder / "tiny", cfg.seed)
+    started, folder = float(os.environ.get("DEMO_STARTED", time.time())), Path(cfg.output_dir)
+    join_processes()
+    if rank_and_world()[0] == 0:
+        data_prep.synthetic(folder / "scenes", DEMO_SCENES + DEMO_HELD_OUT, cfg.seed, val=DEMO_HELD_OUT)
+        data_prep.tiny(folder / "tiny", cfg.seed)
+    barrier()
     cfg.model, cfg.data = str(folder / "tiny"), str(folder / "scenes" / "train.jsonl")
     records, held_out = load_records(cfg.data), load_records(folder / "scenes" / "val.jsonl")
     policy, encoder = setup(cfg)
-    log = Log(folder)
+    policy, log = parallel(policy), Log(folder)
     train_sft(policy, encoder, records, cfg, log)
     sft = evaluate(policy, encoder, held_out, cfg, folder / "sft")
     train_grpo(policy, encoder, records, cfg, log)
@@ -1370,8 +1492,18 @@ def run_demo(cfg):
     print_table({"SFT": sft, "DIP-R1": after})
     seconds = round(time.time() - started)
     summary = {"seed": cfg.seed, "seconds": seconds, "sft": sft, "dipr1": after}
-    write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    if rank_and_world()[0] == 0:
+        write_text(folder / "summary.json", json.dumps(summary, indent=2))
     print0(f"\n{seconds} s. Written: {folder}/summary.json, metrics.jsonl and pictures/")
+
+
+def start_twice(argv):
+    """Start this command under torchrun, in two processes of one thread each: the demo's matrices are too
+    small to be shared by two threads, but a batch is easily shared by two processes."""
+    from torch.distributed.run import main as torchrun
+
+    os.environ |= {"DEMO_STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
+    torchrun(["--standalone", "--nproc_per_node", "2", __file__, *argv])
 
 
 def main(argv=None):
@@ -1385,6 +1517,8 @@ def main(argv=None):
         parser.set_defaults(**DEMO)
     (cfg,) = parser.parse_args_into_dataclasses(argv)
     logging.disable_progress_bar()
+    if cfg.demo and "RANK" not in os.environ and not torch.cuda.is_available() and os.cpu_count() > 1:
+        return start_twice(argv)
     evaluates = cfg.eval or cfg.predictions
     (run_demo if cfg.demo else run_evaluation if evaluates else train)(cfg)
     if dist.is_initialized():

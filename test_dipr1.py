@@ -1,7 +1,11 @@
 """What can go wrong in DIP-R1, told as tests: `pytest test_dipr1.py`, on a laptop CPU, with a tiny random Qwen2.5-VL.
 
+`python test_dipr1.py` times the naive way of these tests and ours, side by side.
+
 Each clever thing in dipr1.py is held against an independent, naive way of computing the same.
 """
+import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,6 +18,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +27,7 @@ import torch.distributed as dist
 from PIL import Image
 from scipy.io import loadmat, savemat
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import data_prep
@@ -201,6 +206,15 @@ TWO = boxes([0, 0, 10, 10], [20, 0, 30, 10])
 ])
 def test_accuracy_reward_by_hand(pred, gt, ignore, w, expected):
     assert dipr1.accuracy_reward(pred, gt, ignore, recall_weight=w) == pytest.approx(expected)
+
+
+def test_crowds_are_chains_of_overlap():
+    row = [[10 * k, 0, 10 * k + 16, 20] for k in (0, 1, 2)]  # the first and the third do not touch
+    alone, pair = [200, 0, 210, 20], [[100, 0, 120, 20], [105, 5, 120, 25]]
+    mixed = boxes(row[2], pair[1], alone, row[0], pair[0], row[1])
+    assert dipr1.crowded(mixed, 0.2).tolist() == [True, True, False, True, True, True]
+    assert dipr1.crowds(mixed, 0.2).tolist() == [[0, 0, 36, 20], [100, 0, 120, 25]]
+    assert len(dipr1.crowds(mixed, 0.9)) == len(dipr1.crowds(boxes(), 0.2)) == 0
 
 
 def test_accuracy_hacks_earn_less_than_honesty():
@@ -401,20 +415,20 @@ def random_group(prompt, lengths=(5, 9, 1, 7), seed=0):
 
 
 def plain_logprobs(policy, group):
-    """What a careful user of transformers writes: a padded row a completion, each with a copy of the image."""
+    """What a careful user of transformers writes: a padded row a completion, each with a copy of the image, and
+    logits for the completions only."""
     prompt, longest = group.prompt, max(map(len, group.completions))
-    rows = [torch.cat([prompt.ids, o, torch.zeros(longest - len(o), dtype=torch.long)]) for o in group.completions]
+    rows = [torch.cat([prompt.ids, o, o.new_zeros(longest - len(o))]) for o in group.completions]
     ids, G = torch.stack(rows), len(rows)
-    lengths = torch.tensor([len(prompt.ids) + len(o) for o in group.completions])
+    lengths = torch.tensor([len(prompt.ids) + len(o) for o in group.completions], device=ids.device)
     logits = policy.model(
-        input_ids=ids, attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        input_ids=ids, attention_mask=(torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long(),
         pixel_values=prompt.pixels.repeat(G, 1), image_grid_thw=prompt.grid.repeat(G, 1),
-        mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
+        mm_token_type_ids=(ids == policy.model.config.image_token_id).int(), logits_to_keep=longest + 1,
     ).logits.float() / policy.temperature
     logits[..., policy.forbidden] = -float("inf")
     logp = logits.log_softmax(-1)
-    start = len(prompt.ids) - 1
-    return torch.cat([logp[i, start + torch.arange(len(o)), o] for i, o in enumerate(group.completions)])
+    return torch.cat([logp[i, torch.arange(len(o)), o] for i, o in enumerate(group.completions)])
 
 
 @pytest.mark.parametrize("temperature, checkpointing", [(1.0, False), (0.7, True)])
@@ -606,8 +620,8 @@ def test_the_supervised_target_is_a_perfect_completion(tiny):
         assert dipr1.format_reward(text) == 1
         assert dipr1.accuracy_reward(answer.answer, prompt.truth) == 1
         assert (np.diff(answer.answer[:, 0]) >= 0).all()
-    crowded = dipr1.parse_response(encoder.decode(encoder.target(prompts[3]))).look
-    assert len(crowded) == 2  # of three people, the two who overlap
+    look = dipr1.parse_response(encoder.decode(encoder.target(prompts[3]))).look
+    assert look.tolist() == [[5, 5, 45, 38]]  # of three people, around the two who overlap
 
 
 def test_every_epoch_takes_each_record_once_in_an_order_of_its_own():
@@ -1487,3 +1501,172 @@ def test_the_real_crowdhuman_line_trains(tiny, tmp_path):
                 "--output_dir", str(tmp_path / "run"), "--steps", "2", "--prompts_per_step", "1",
                 "--group_size", "2", "--max_new_tokens", "8", "--max_pixels", "100000"])
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python test_dipr1.py: the naive way of the tests and ours, timed side by side
+
+SHAPES = {  # of the model (vision, text), the image's patches a side, and the prompt's tokens beside the image
+    "small": dict(
+        vision=dict(depth=6, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=512),
+        text=dict(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+                  num_attention_heads=8, num_key_value_heads=2, rope_parameters=dict(
+                      rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])),
+        patches=(32, 32), words=58, new_tokens=[128]),
+    "3b": dict(
+        vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048),
+        text=dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                  num_attention_heads=16, num_key_value_heads=2, rope_parameters=dict(
+                      rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+        patches=(64, 80), words=58, new_tokens=[512, 1024]),
+}
+
+
+def random_policy(shape, device):
+    """A Qwen2.5-VL with random weights and a prompt for it: an image of noise between random words."""
+    vision, text, (rows, columns) = shape["vision"], shape["text"], shape["patches"]
+    config = Qwen2_5_VLConfig(
+        text_config=dict(text, bos_token_id=None, eos_token_id=None, pad_token_id=0), vision_config=vision, tie_word_embeddings=True,
+        image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
+    torch.manual_seed(0)
+    with torch.device(device):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(5, text["vocab_size"], (shape["words"],), generator=generator)
+    image = torch.full((rows * columns // 4,), 1)
+    ids = torch.cat([words[:20], torch.tensor([3]), image, torch.tensor([4]), words[22:]]).to(device)
+    grid = torch.tensor([[1, rows, columns]], device=device)
+    pixels = torch.rand(rows * columns, 1176, generator=generator).to(device)
+    positions, _ = model.model.get_rope_index(ids[None], (ids == 1).int()[None], grid)
+    prompt = dipr1.Prompt(0, {}, ids, positions[:, 0], pixels, grid, 14 * columns, 14 * rows, boxes(), boxes())
+    return dipr1.Policy(model, range(text["vocab_size"])), prompt
+
+
+def naive_rollout(policy, prompt, G, new_tokens):
+    """`generate`, which reads image and prompt G times."""
+    ids = prompt.ids[None]
+    out = policy.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == 1).int(),
+        pixel_values=prompt.pixels, image_grid_thw=prompt.grid, num_return_sequences=G, do_sample=True, top_k=0,
+        min_new_tokens=new_tokens, max_new_tokens=new_tokens, suppress_tokens=[1, 2, 3, 4], use_cache=True)
+    return Group(prompt, list(out[:, ids.shape[1]:]))
+
+
+def our_rollout(policy, prompt, G, new_tokens, features):
+    """`rollout`, with an EOS that never comes."""
+    encoder = SimpleNamespace(eos=[-1], decode=lambda ids: "")
+    uniforms = dipr1.draw_uniforms(0, 0, 0, (G, new_tokens))[None]
+    (group,) = dipr1.rollout(policy, encoder, [prompt], new_tokens, uniforms, features)
+    return group
+
+
+class Stopwatch:
+    """Seconds by stage, with the tower images and language-model tokens that went through the model."""
+
+    def __init__(self, policies, device):
+        self.device, self.seconds, self.images, self.tokens = device, {}, 0, 0
+        for policy in policies:
+            visual, language = policy.model.model.visual, policy.model.model.language_model
+            visual.register_forward_pre_hook(self.count_images, with_kwargs=True)
+            language.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
+
+    def count_images(self, _, args, kwargs):
+        self.images += len(kwargs.get("grid_thw", args[-1]))
+
+    def count_tokens(self, _, args, kwargs):
+        self.tokens += kwargs["inputs_embeds"].shape[:2].numel()
+
+    @contextlib.contextmanager
+    def __call__(self, stage):
+        synchronize = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        synchronize()
+        started = time.perf_counter()
+        yield
+        synchronize()
+        self.seconds[stage] = time.perf_counter() - started
+
+
+def one_step(policy, reference, prompt, G, new_tokens, naive, frozen, watch):
+    """Rollout, reference, policy forward and backward of one group."""
+    features = None
+    with watch("rollout"):
+        if frozen and not naive:
+            with torch.no_grad():
+                features = policy.see([prompt])
+        rollout = naive_rollout if naive else functools.partial(our_rollout, features=features)
+        group = rollout(policy, prompt, G, new_tokens)
+    score = plain_logprobs if naive else lambda model, group: model([group], features)
+    with watch("reference"), torch.no_grad():
+        ref = score(reference, group)
+    with watch("policy forward"):
+        logp = score(policy, group)
+    with watch("backward"):
+        advantages = torch.linspace(-1, 1, len(logp), device=logp.device)
+        dipr1.grpo_loss(logp, logp.detach(), ref, advantages, 0.2, 0.04)[0].backward()
+    policy.zero_grad()
+    return group
+
+
+def added_memory(policy, group, naive, device):
+    """Bytes that a policy forward adds at its peak, kept for the backward or not."""
+    score = plain_logprobs if naive else lambda model, group: model([group])
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = score(policy, group)  # noqa: F841
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        kept = score(policy, group)  # noqa: F841
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def benchmark(shape, G, new_tokens, repeats, device, stages=True):
+    """Measure both ways, turn by turn, and print the table: medians, and naive over ours."""
+    policy, prompt = random_policy(shape, device)
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    watch, found = Stopwatch((policy, reference), device), {}
+    for frozen in (False, True):
+        policy.model.model.visual.requires_grad_(not frozen)
+        for _ in tqdm(range(repeats + 1), f"G {G}, {new_tokens} new tokens" + ", tower frozen" * frozen):
+            for naive in (True, False):
+                watch.images = watch.tokens = 0
+                group = one_step(policy, reference, prompt, G, new_tokens, naive, frozen, watch)
+                rows = dict(watch.seconds, scoring=sum(watch.seconds.values()) - watch.seconds["rollout"])
+                rows["whole step"] = sum(watch.seconds.values())
+                if frozen:
+                    rows = {"whole step, tower frozen": rows["whole step"]}
+                else:
+                    rows |= {"tower images": watch.images, "language-model tokens": watch.tokens}
+                for name, value in rows.items():
+                    found.setdefault(name, ([], []))[naive].append(value)
+    policy.model.model.visual.requires_grad_(True)
+    for naive in (True, False):
+        found.setdefault("added memory, MB", ([], []))[naive].append(added_memory(policy, group, naive, device) / 1e6)
+    print(f"\n{sum(p.numel() for p in policy.parameters()) / 1e6:.0f}M parameters, prompt {len(prompt.ids)} tokens, "
+          f"G = {G}, {new_tokens} new tokens each: medians of {repeats}")
+    print(f"{'':<28}{'naive':>10}{'ours':>10}{'ratio':>8}")
+    for name, (ours, naive) in found.items():
+        a, b = (np.median(values[1:] or values) for values in (naive, ours))  # the first round warms up
+        digits = 3 if name.startswith(("roll", "ref", "pol", "back", "scor", "whole")) else 0
+        print(f"{name:<28}{a:>10.{digits}f}{b:>10.{digits}f}{a / b:>8.1f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time the naive way and ours, side by side.")
+    parser.add_argument("--shapes", choices=SHAPES, default="small", help="3b wants a GPU of 80 GB")
+    parser.add_argument("--repeats", type=int, default=5, help="medians of so many (default 5)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--growth", action="store_true", help="also for G = 4 .. 32 and 64 .. 512 new tokens")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, shape = "cuda" if torch.cuda.is_available() else "cpu", SHAPES[args.shapes]
+    for new_tokens in shape["new_tokens"]:
+        benchmark(shape, 8, new_tokens, args.repeats, device)
+    for G, new_tokens in ((4, 128), (16, 128), (32, 128), (8, 64), (8, 256), (8, 512)) if args.growth else ():
+        benchmark(shape, G, new_tokens, args.repeats, device)
+
+
+if __name__ == "__main__":
+    main()
