@@ -30,7 +30,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -196,8 +196,8 @@ def synthetic(out, images, seed, size=112, val=None):
     (out / "images").mkdir(parents=True, exist_ok=True)
     val = max(1, images // 10) if val is None else val
     jobs = [(out, seed, number, size) for number in range(images)]
-    with Pool() as pool:
-        records = list(tqdm(pool.imap(save_scene, jobs, chunksize=64), "drawing scenes", len(jobs)))
+    with ProcessPoolExecutor() as pool:
+        records = list(tqdm(pool.map(save_scene, jobs, chunksize=64), "drawing scenes", len(jobs)))
     write_jsonl(out / "train.jsonl", records[: images - val])
     write_jsonl(out / "val.jsonl", records[images - val :])
 
@@ -245,7 +245,7 @@ def tiny_tokenizer(size):
     sentences = [sentence for sentence in fixed if len(sentence) > 1]
     tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
     numbers = [f"{number}{comma}" for number in range(size + 1) for comma in ("", ", ")]
-    glue = ["[[", "], [", "]]", "[]", "person", " people, ", " overlap"]
+    glue = ["[[", "], [", "]]", "[]", "person", " people, ", " to look at"]
     tokenizer.add_tokens(sentences + tags + numbers + glue)
     tokenizer.chat_template = QWEN_CHAT_TEMPLATE
     return tokenizer
@@ -273,7 +273,11 @@ def tiny(out, seed=0, size=112):
     """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
     """
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessorPil,
+    )
 
     tokenizer = tiny_tokenizer(size)
     token = tokenizer.convert_tokens_to_ids
@@ -540,9 +544,9 @@ def measured(annotations, verify):
     if not verify:
         yield from (measure(annotation, verify) for annotation in annotations)
         return
-    with Pool() as pool:
+    with ProcessPoolExecutor() as pool:
         while block := list(itertools.islice(annotations, 512)):
-            yield from pool.imap(functools.partial(measure, verify=verify), block, chunksize=8)
+            yield from pool.map(functools.partial(measure, verify=verify), block, chunksize=8)
 
 
 def sample(items, n, seed):

@@ -39,6 +39,7 @@ from PIL import Image, ImageDraw, ImageOps
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -238,7 +239,7 @@ def crowded(boxes, iou_threshold):
 
 
 def crowds(boxes, iou_threshold):
-    """(n, 4) -> (k, 4): a box around each cluster of boxes that overlap, in a chain, by more than this IoU."""
+    """(n, 4) -> (k, 4): a box around each cluster of boxes that overlap, by more than this IoU."""
     k, cluster = connected_components(box_iou(boxes, boxes) > iou_threshold, directed=False)
     members = [boxes[cluster == number] for number in range(k)]
     return as_boxes([[*m[:, :2].min(axis=0), *m[:, 2:].max(axis=0)] for m in members if len(m) > 1])
@@ -466,20 +467,34 @@ class Encoder:
         return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
 
     def target(self, prompt):
-        """The supervised target: the truth in the template, left to right.
-
-        Its look is a region around each cluster of people who overlap, our reading. (With the people
-        themselves as target the answer learns to copy its boxes from the look, and what GRPO teaches the look
-        then confuses the answer.)
-        """
+        """The supervised target: the truth in the template, left to right, and a weak look (our reading)."""
         order = np.argsort(prompt.truth[:, 0], kind="stable")
         truth = clip_boxes(prompt.truth[order], prompt.width, prompt.height)
-        boxes, look = truth.round().astype(int), crowds(truth, 0.2).round().astype(int)
+        boxes = truth.round().astype(int)
+        look = weak_look(truth, prompt.width, prompt.height, prompt.index).round().astype(int)
         who = "people" if prompt.record["target"] == "person" else prompt.record["target"] + "s"
-        text = (f"<think>{len(boxes)} {who}, {len(look)} overlap</think><look>{look.tolist()}</look>"
+        text = (f"<think>{len(boxes)} {who}, {len(look)} to look at</think><look>{look.tolist()}</look>"
                 f"<answer>{boxes.tolist()}</answer>")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
         return torch.tensor(ids, device=self.device)
+
+
+def weak_look(truth, width, height, seed):
+    """The supervised look at people (n, 4) -> (k, 4): nobody annotated where to look, so this is a weak label.
+
+    A region around each cluster of people who overlap; each is left out one time in four, and one time in two
+    there is one more somewhere, between a quarter and half the image wide and high. So the answer learns to
+    trust the picture and not the look. If it copies people from the look, or takes a region as proof of a
+    crowd, it invents people as soon as GRPO teaches the look to point at doubtful places.
+    """
+    rng = np.random.default_rng(seed)
+    look = crowds(truth, 0.2)
+    look = look[rng.random(len(look)) < 0.75]
+    if rng.random() < 0.5:
+        size = rng.uniform(0.25, 0.5, 2) * [width, height]
+        corner = rng.uniform(0, [width, height] - size)
+        look = np.vstack([look, [*corner, *(corner + size)]])
+    return look[np.argsort(look[:, 0], kind="stable")]
 
 
 @dataclass
@@ -545,18 +560,27 @@ def branch(groups):
     return Tree(P, there.flatten(1).to(device), back.to(device), mask.flatten(0, 1)[:, None].to(device))
 
 
-# o = softmax(q k^T / sqrt(d)) v,   where k, v are the prompt's for q in the prompt, and o_i's too for q in o_i
+# o = softmax(q k^T / sqrt(d)) v
+def attend(query, key, value, mask):
+    """(B, H, Q, D), (B, H', K, D) x 2, mask or None (causal) -> (B, Q, H, D); heads share keys, H' <= H."""
+    if query.is_cuda and mask is not None:  # those kernels know no shared heads
+        shared = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    causal = mask is None and query.shape[2] > 1
+    out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
 def tree_attention(module, query, key, value, attention_mask, **options):
     """Causal attention in which completions do not see each other: (R, H, L, D) x 3, Tree -> (R, L, H, D).
 
-    Exact, and cheaper than a mask over the whole row: what siblings would contribute has weight 0, so it is
-    not computed. A group of eight then costs some five times less, and no (L, L) mask exists. transformers
-    calls this in every layer; without a Tree (prefill and decoding) it is its usual attention.
+    A prompt's token attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper than a
+    mask over the whole row: what siblings would contribute has weight 0, so it is not computed, which leaves
+    about a quarter, and no (L, L) mask exists. transformers calls this in every layer; without a Tree (in
+    prefill and decoding) it is the usual attention.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
-
     if not isinstance(attention_mask, Tree):
-        return attend(module, query, key, value, attention_mask, **options)
+        return attend(query, key, value, attention_mask), None
     tree, R, P = attention_mask, len(query), attention_mask.prompt
     G = len(tree.mask) // R
 
@@ -570,10 +594,10 @@ def tree_attention(module, query, key, value, attention_mask, **options):
     def both(x):  # (R G, H, P + T, D)
         return torch.cat([stem(x).repeat_interleave(G, 0), branches(x)], dim=2)
 
-    seen_by_prompt, _ = attend(module, stem(query), stem(key), stem(value), None, **options)
-    seen_by_tokens, _ = attend(module, branches(query), both(key), both(value), tree.mask, **options)
-    seen = torch.cat([seen_by_prompt, seen_by_tokens.unflatten(0, (R, G)).flatten(1, 2)], dim=1)
-    return seen.gather(1, tree.back[..., None, None].expand(-1, -1, *seen.shape[2:])), None
+    of_prompt = attend(stem(query), stem(key), stem(value), None)
+    of_tokens = attend(branches(query), both(key), both(value), tree.mask)
+    out = torch.cat([of_prompt, of_tokens.unflatten(0, (R, G)).flatten(1, 2)], dim=1)
+    return out.gather(1, tree.back[..., None, None].expand(-1, -1, *out.shape[2:])), None
 
 
 class Policy(nn.Module):
@@ -1369,7 +1393,7 @@ def load_predictions(path, records):
     read_jsonl(path, check)
     missing = len(records) - len(predictions)
     if missing:
-        print0(f"{path}: no prediction for {missing} of {len(records)} images: they count as answered by []")
+        print0(f"{path}: no prediction for {missing} of {len(records)} images: they count as empty answers")
     return [predictions.get(number, {"boxes": []}) for number in range(len(records))]
 
 
@@ -1500,10 +1524,9 @@ def run_demo(cfg):
 def start_twice(argv):
     """Start this command under torchrun, in two processes of one thread each: the demo's matrices are too
     small to be shared by two threads, but a batch is easily shared by two processes."""
-    from torch.distributed.run import main as torchrun
-
     os.environ |= {"DEMO_STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
-    torchrun(["--standalone", "--nproc_per_node", "2", __file__, *argv])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    os.execv(sys.executable, [*torchrun, __file__, *argv])  # this process becomes torchrun
 
 
 def main(argv=None):
@@ -1518,7 +1541,7 @@ def main(argv=None):
     (cfg,) = parser.parse_args_into_dataclasses(argv)
     logging.disable_progress_bar()
     if cfg.demo and "RANK" not in os.environ and not torch.cuda.is_available() and os.cpu_count() > 1:
-        return start_twice(argv)
+        start_twice(argv)
     evaluates = cfg.eval or cfg.predictions
     (run_demo if cfg.demo else run_evaluation if evaluates else train)(cfg)
     if dist.is_initialized():
