@@ -568,6 +568,60 @@ def test_a_completion_ends_with_its_first_eos_which_belongs_to_it(tiny):
         assert o[-1] in encoder.eos or len(o) == 200
 
 
+class FakeGraph:
+    """A CUDA graph played on a CPU: recording leaves no trace in the cache, a replay reruns on the same memory."""
+
+    current = None
+
+    @contextlib.contextmanager
+    def recording(self):
+        FakeGraph.current = self
+        yield
+        FakeGraph.current = None
+
+    def watch(self, step, cache):
+        def run(*places):
+            lengths = [layer.cumulative_length.clone() for layer in cache.layers]
+            hidden = step(*places)
+            if FakeGraph.current:
+                FakeGraph.current.replay = lambda: hidden.copy_(step(*places))
+                for layer, length in zip(cache.layers, lengths):
+                    layer.cumulative_length.copy_(length)
+            return hidden
+        return run
+
+
+@pytest.mark.parametrize("cuda_works", [True, False])
+def test_a_captured_decode_step_writes_the_same_tokens(tiny, monkeypatch, cuda_works):
+    """The copying in and out, the rewinding, and recording anew for fewer rows are real, CUDA's part is played.
+    Where CUDA does not work at all (here, for example) there is a warning, and the same tokens again."""
+    policy, encoder, prompts = load(tiny)
+    uniforms = torch.rand(2, 4, 24, generator=torch.Generator().manual_seed(0))
+    expected = dipr1.rollout(policy, encoder, prompts[:2], 24, uniforms)
+    plain = dipr1.decode_step
+
+    def capturing(policy, cache):  # as `rollout` does on a GPU, but on first use
+        step, recorded = FakeGraph().watch(plain(policy, cache), cache), []
+
+        def run(*inputs):
+            if not recorded:
+                recorded.append(dipr1.captured(step, cache, *inputs))
+            return recorded[0](*inputs)
+        return run
+
+    monkeypatch.setattr(dipr1, "decode_step", capturing)
+    if cuda_works:
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, played in (("Stream", lambda: stream), ("current_stream", lambda: stream), ("CUDAGraph", FakeGraph),
+                             ("stream", contextlib.nullcontext), ("graph", FakeGraph.recording)):
+            monkeypatch.setattr(torch.cuda, name, played)
+    with contextlib.nullcontext() if cuda_works else pytest.warns(UserWarning, match="not captured as a CUDA graph"):
+        groups = dipr1.rollout(policy, encoder, prompts[:2], 24, uniforms)
+    for a, b in zip(expected, groups):
+        assert all(torch.equal(x, y) for x, y in zip(a.completions, b.completions, strict=True))
+        assert torch.equal(a.rollout_logp, b.rollout_logp)
+
+
 def test_greedy_takes_the_likeliest_token_every_time(tiny):
     policy, encoder, prompts = load(tiny)
     (group,) = dipr1.rollout(policy, encoder, prompts[1:2], 6)
@@ -1523,16 +1577,16 @@ def test_the_real_crowdhuman_line_trains(tiny, tmp_path):
 SHAPES = {  # of the model (vision, text), the image's patches a side, and the prompt's tokens beside the image
     "small": dict(
         vision=dict(depth=6, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=512),
-        text=dict(vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        text=dict(vocab_size=16384, hidden_size=512, intermediate_size=1536, num_hidden_layers=4,
                   num_attention_heads=8, num_key_value_heads=2, rope_parameters=dict(
                       rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])),
-        patches=(32, 32), words=58, new_tokens=[128]),
+        patches=(32, 32), words=58, new_tokens=[128], tie_word_embeddings=False),
     "3b": dict(
         vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048),
         text=dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
                   num_attention_heads=16, num_key_value_heads=2, rope_parameters=dict(
                       rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
-        patches=(64, 80), words=58, new_tokens=[512, 1024]),
+        patches=(64, 80), words=58, new_tokens=[512, 1024], tie_word_embeddings=True),
 }
 
 
@@ -1540,8 +1594,9 @@ def random_policy(shape, device):
     """A Qwen2.5-VL with random weights and a prompt for it: an image of noise between random words."""
     vision, text, (rows, columns) = shape["vision"], shape["text"], shape["patches"]
     config = Qwen2_5_VLConfig(
-        text_config=dict(text, bos_token_id=None, eos_token_id=None, pad_token_id=0), vision_config=vision, tie_word_embeddings=True,
-        image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4)
+        text_config=dict(text, bos_token_id=None, eos_token_id=None, pad_token_id=0), vision_config=vision,
+        tie_word_embeddings=shape["tie_word_embeddings"], image_token_id=1, video_token_id=2,
+        vision_start_token_id=3, vision_end_token_id=4)
     torch.manual_seed(0)
     with torch.device(device):
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
