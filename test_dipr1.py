@@ -222,8 +222,8 @@ def test_accuracy_hacks_earn_less_than_honesty():
     honest = dipr1.accuracy_reward(gt[:4], gt)
     assert honest == pytest.approx(0.85)
     duplicates = np.repeat(gt[:4], 5, axis=0)
-    assert dipr1.accuracy_reward(duplicates, gt) == pytest.approx(0.25 * 0.2 + 0.75 * 0.8)
-    assert dipr1.accuracy_reward(gt[:1], gt) == pytest.approx(0.25 + 0.75 * 0.2)  # one safe box
+    assert dipr1.accuracy_reward(duplicates, gt) == pytest.approx(0.35 * 0.2 + 0.65 * 0.8)
+    assert dipr1.accuracy_reward(gt[:1], gt) == pytest.approx(0.35 + 0.65 * 0.2)  # one safe box
     assert dipr1.accuracy_reward(boxes(), gt) == 0  # empty answer
     assert dipr1.accuracy_reward(boxes([0, 0, 100, 40]), gt) == 0  # one box around everybody
     outside = np.concatenate([gt[:4], boxes([900, 900, 950, 950], [9, 9, 3, 3])])
