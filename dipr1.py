@@ -239,7 +239,7 @@ def crowded(boxes, iou_threshold):
 
 
 def crowds(boxes, iou_threshold):
-    """(n, 4) -> (k, 4): a box around each cluster of boxes that overlap, by more than this IoU."""
+    """(n, 4) -> (k, 4): a box around each cluster of boxes, those that overlap by more than this IoU."""
     k, cluster = connected_components(box_iou(boxes, boxes) > iou_threshold, directed=False)
     members = [boxes[cluster == number] for number in range(k)]
     return as_boxes([[*m[:, :2].min(axis=0), *m[:, 2:].max(axis=0)] for m in members if len(m) > 1])
@@ -480,7 +480,7 @@ class Encoder:
 
 
 def weak_look(truth, width, height, seed):
-    """The supervised look at people (n, 4) -> (k, 4): nobody annotated where to look, so this is a weak label.
+    """The supervised look at people, (n, 4) -> (k, 4). Nobody annotated where to look: this is a weak label.
 
     A region around each cluster of people who overlap; each is left out one time in four, and one time in two
     there is one more somewhere, between a quarter and half the image wide and high. So the answer learns to
@@ -940,8 +940,9 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        for weight, master in zip(self.weights, self.masters):
+        for weight, master in zip(self.weights, self.masters):  # hand over: no gradient is kept twice
             master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
         super().step()
         for weight, master in zip(self.weights, self.masters):
             weight.copy_(master)
@@ -1237,10 +1238,10 @@ def jaccard_index(pred, truth, ignore):
 def coco_hits(pred, truth, ignore, iou_threshold):
     """COCO's greedy matching of one image -> a list of 1 (hit) and 0 (miss), in the order written.
 
-    Each prediction takes the free truth that it overlaps most. One that finds none is a miss, unless a share
-    of it as large as the threshold lies in an ignore region: then it is left out.
+    Each of the first 100 predictions takes the free truth that it overlaps most. One that finds none is a
+    miss, unless a share of it as large as the threshold lies in an ignore region: then it is left out.
     """
-    free, hits = np.ones(len(truth), bool), []
+    free, hits, pred = np.ones(len(truth), bool), [], pred[:100]
     for overlaps, inside in zip(box_iou(pred, truth), share_inside(pred, ignore)):
         candidates = np.flatnonzero(free & (overlaps >= iou_threshold))
         if len(candidates):
@@ -1256,11 +1257,10 @@ def average_precision(images, iou_threshold):
     """COCO's 101-point average precision of (pred, truth, ignore) for every image, in [0, 1].
 
     A language model gives no confidences: all are equal, and COCO breaks the tie by order - images as they
-    come, boxes as they are written, the first 100 of an image. So this AP depends on the answers' order.
+    come, boxes as they are written. So this AP depends on the answers' order.
     """
-    hits = [coco_hits(pred[:100], truth, ignore, iou_threshold) for pred, truth, ignore in images]
-    hits, n_truth = sum(hits, []), sum(len(truth) for _, truth, _ in images)
-    tp = np.cumsum(hits)
+    hits = [hit for image in images for hit in coco_hits(*image, iou_threshold)]
+    tp, n_truth = np.cumsum(hits), sum(len(truth) for _, truth, _ in images)
     precision = tp / np.arange(1, len(hits) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or any higher one
     at = np.searchsorted(tp / max(n_truth, 1), np.linspace(0, 1, 101), side="left")
@@ -1268,7 +1268,7 @@ def average_precision(images, iou_threshold):
 
 
 def detection_figures(images):
-    """(pred (n, 4), truth (m, 4), ignore (k, 4)) of every image -> dict of figures; the README defines each."""
+    """(pred (n, 4), truth (m, 4), ignore (k, 4)) of every image -> dict of figures; see the README."""
     counts = np.array([[count_matches(*image, iou) for iou in IOU_THRESHOLDS] for image in images])
     tp, n_pred, n_truth = counts.sum(axis=0).T  # each by IoU threshold
     precision, recall, f1 = ratio(tp, n_pred), ratio(tp, n_truth), ratio(2 * tp, n_pred + n_truth)
@@ -1311,6 +1311,7 @@ def score(records, predictions):
     if samples:
         tp, n_pred, n_truth = np.sum([count_matches(*image) for image in beside_truth(samples)], axis=0)
         figures["sampled_f1"] = ratio(2 * tp, n_pred + n_truth)
+    if samples and all("look_reward" in sample for _, sample in samples):
         figures["sampled_look_reward"] = np.mean([sample["look_reward"] for _, sample in samples])
     return {name: float(value) for name, value in figures.items()}
 
@@ -1350,8 +1351,10 @@ def predict(policy, encoder, records, cfg, folder):
             looks = [look_rewards(responses, prompt.width, prompt.height)[0],
                      *look_rewards(responses[1:], prompt.width, prompt.height)]
             first, *rest = answers(prompt, [greedy, *sampled], looks)
-            about = {name: prompt.record[name] for name in ("image", "target")}
-            predictions[prompt.index] = about | first | ({"samples": rest} if cfg.samples else {})
+            first = {name: prompt.record[name] for name in ("image", "target")} | first | {"samples": rest}
+            if not cfg.samples:  # and so nobody to disagree with
+                del first["look_reward"]
+            predictions[prompt.index] = first
             if prompt.index < cfg.pictures:
                 name = f"{prompt.index:06d}.png"
                 draw_picture(Group(prompt, [], texts=[greedy, *sampled]), Path(folder) / "pictures" / name)

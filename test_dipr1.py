@@ -876,6 +876,25 @@ def test_bf16_weights_move_at_a_learning_rate_that_bf16_cannot_see():
     assert torch.allclose(ours.masters[0], torch.tensor(0.99), atol=1e-4)
 
 
+def test_the_bytes_a_parameter_are_those_of_the_readme(monkeypatch):
+    """At rest a bf16 weight and 12 bytes for the optimizer; while it steps a gradient of 4 in place of one of 2."""
+    weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    optimizer = dipr1.MasterAdamW([weight], lr=1e-5)
+    weight.grad = torch.ones_like(weight)
+    size = lambda tensors: sum(t.element_size() * t.numel() for t in tensors if t is not None)
+    step, seen = torch.optim.AdamW.step, []
+
+    def watched(self):
+        seen.append(size([weight.grad, optimizer.masters[0].grad]))
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    assert size([weight.grad]) == 2 * 1000
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.numel() > 1]
+    assert size([weight]) == 2 * 1000 and size([*optimizer.masters, *moments]) == 12 * 1000 and seen == [4 * 1000]
+
+
 def test_on_fp32_weights_the_optimizer_is_torchs_adamw():
     a, b = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
     options = dict(lr=1e-2, weight_decay=0.1)
@@ -1118,6 +1137,8 @@ def test_a_predictions_file_scores_as_the_model_that_wrote_it(tiny, tmp_path, ca
         dipr1.main(["--predictions", str(path), "--data", str(tiny[1]), "--output_dir", str(tmp_path), *more])
         return json.loads((tmp_path / "eval.json").read_text())
 
+    without = dipr1.evaluate(policy, encoder, records, dataclasses.replace(cfg, samples=0), tmp_path / "greedy")
+    assert without["f1"] == figures["f1"] and not {"look_reward", "sampled_f1"} & set(without)
     again = scored()
     assert again["images"] == len(records) and {name: again[name] for name in figures} == figures
     # Another tool's file, in another order and without one image: that one counts as answered by nothing.
@@ -1188,6 +1209,7 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
             "optimizer-0.pt", "optimizer-1.pt"} <= names
     assert not list(tmp_path.glob("*.tmp"))
     Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
+    assert "tree" not in (checkpoint / "config.json").read_text(), "others know no tree attention"
     for rank in (0, 1):
         assert torch.load(checkpoint / f"optimizer-{rank}.pt", weights_only=True)["masters"]
 
