@@ -20,15 +20,18 @@ import bisect
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -48,9 +51,9 @@ from tqdm import tqdm
 # Config
 
 
-def knob(default, help):
-    """A field of Config: its default, and the sentence that `--help` shows."""
-    return field(default=default, metadata={"help": help})
+def knob(default, help, **parser):
+    """A field of Config: its default, the sentence that `--help` shows, and what else its parser takes."""
+    return field(default=default, metadata={"help": help, **parser})
 
 
 @dataclass
@@ -97,6 +100,9 @@ class Config:
     limit: int = knob(0, "evaluate on the first so many images only; 0 = all")
     picture_every: int = knob(20, "steps between pictures; 0 = none")
     save_every: int = knob(100, "steps between checkpoints (one more at the end); 0 = none")
+    keep: int = knob(3, "so many checkpoints are kept, the newest; 0 = all")
+    resume: str = knob("", "go on from this checkpoint; without a name, from the newest complete one",
+                       nargs="?", const="newest")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -378,6 +384,7 @@ class Prompt:
     height: int
     truth: np.ndarray  # (n, 4)
     ignore: np.ndarray  # (m, 4)
+    weight: float = 1.0  # of its loss; 0 for one whose image was lost
 
 
 def to_model_space(boxes, size, grid):
@@ -428,9 +435,12 @@ class Encoder:
     def prompt(self, index, record):
         """Read the image and build the chat around it -> Prompt. SystemExit names an image that fails."""
         try:
-            image = open_image(record["path"])
+            return self.encode(index, record, open_image(record["path"]))
         except OSError as error:
             raise SystemExit(f"{record['path']}: cannot be read ({error})") from None
+
+    def encode(self, index, record, image):
+        """The same with the image at hand."""
         if image.size != (record["width"], record["height"]):
             said = (record["width"], record["height"])
             raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
@@ -841,9 +851,9 @@ def barrier():
         dist.barrier()
 
 
-def progress(items, title, total):
+def progress(items, title, total, start=0):
     """A bar, on rank 0."""
-    return tqdm(items, title, total, disable=rank_and_world()[0] > 0)
+    return tqdm(items, title, total, initial=start, disable=rank_and_world()[0] > 0)
 
 
 def open_image(path):
@@ -904,19 +914,32 @@ def batch_indices(n, batch, seed, step):
     return [int(epoch_order(n, seed, k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
 
 
-def batches(encoder, records, batch, seed, steps):
-    """Yield (step, this rank's prompts); the next step's images are read while this one trains."""
+def batches(encoder, records, batch, seed, steps, start=0):
+    """Yield (step, this rank's prompts) from `start` on; the next step's images are read while one trains."""
     rank, world = rank_and_world()
     if batch % world:
         raise SystemExit(f"{batch} images a step cannot be shared out evenly over {world} processes")
+    lost = set()
+
+    def read(index):
+        record = records[index]
+        try:
+            return encoder.encode(index, record, open_image(record["path"]))
+        except OSError as error:  # it was readable when prepared: a grey image of weight 0 takes its place
+            lost.add(index)
+            about = f"{record['path']}: no longer readable ({error}); {len(lost)} lost so far"
+            if len(lost) > 0.01 * len(records):
+                raise SystemExit(f"{about}: more than 1% of the images") from None
+            tqdm.write(about, file=sys.stderr)
+            grey = Image.new("RGB", (record["width"], record["height"]), (128, 128, 128))
+            return replace(encoder.encode(index, record, grey), weight=0.0)
 
     def load(step):
-        indices = batch_indices(len(records), batch, seed, step)[rank::world]
-        return [encoder.prompt(index, records[index]) for index in indices]
+        return [read(index) for index in batch_indices(len(records), batch, seed, step)[rank::world]]
 
     with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(load, 0)
-        for step in range(steps):
+        upcoming = reader.submit(load, start) if start < steps else None
+        for step in range(start, steps):
             prompts = upcoming.result()
             upcoming = reader.submit(load, step + 1) if step + 1 < steps else None
             yield step, prompts
@@ -996,7 +1019,7 @@ def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
 
     def loss_of(chunk):
         logp = policy(chunk).split([group.n_tokens for group in chunk])
-        return -sum(part.mean() for part in logp) / len(groups)
+        return -sum(group.prompt.weight * part.mean() for group, part in zip(chunk, logp)) / len(groups)
 
     groups.sort(key=lambda group: group.n_tokens)  # rows of one forward are padded to the longest
     chunks = in_chunks(groups, cfg.groups_per_forward * cfg.group_size)  # as many completions as in GRPO
@@ -1071,7 +1094,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
         for p, logp in score(policy, chunk).items():
             before = old.setdefault(p, logp.detach())  # until the first update, pi_old is pi itself
             part, part_stats = grpo_loss(logp, before, ref.get(p), advantages[p], cfg.clip_eps, cfg.beta)
-            loss = loss + part / len(groups)
+            loss = loss + groups[p].prompt.weight * part / len(groups)
             stats.append(part_stats)
         return loss
 
@@ -1105,6 +1128,7 @@ def describe(groups, rewards, logp, encoder, cfg):
         "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
         "boxes": float(np.mean([0 if a is None else len(a) for a in answers])),
         "truth_boxes": float(np.mean([len(group.prompt.truth) for group in groups])),
+        "lost_images": float(sum(group.prompt.weight == 0 for group in groups)),
     }
 
 
@@ -1113,10 +1137,11 @@ def describe(groups, rewards, logp, encoder, cfg):
 
 
 def save_checkpoint(policy, encoder, optimizer, step, cfg):
-    """Write `checkpoint-<step>` beside its place and rename it: what bears that name is complete.
+    """Write `checkpoint-<step>` (SFT's steps and GRPO's counted together) beside its place and rename it.
 
-    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step and the
-    config. There is no generator state to keep: all randomness is a function of (seed, step, prompt).
+    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, the config
+    and the size of each file, by which a copy that was cut short is recognised. There is no generator state
+    to keep: all randomness, the order of the data too, is a function of (seed, step, prompt).
     """
     rank, world = rank_and_world()
     final = Path(cfg.output_dir) / f"checkpoint-{step:06d}"
@@ -1130,24 +1155,114 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
     if rank == 0:
         for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
             part.save_pretrained(beside)
-        state = {"step": step, "world_size": world, "config": asdict(cfg)}
-        (beside / "dipr1.json").write_text(json.dumps(state, indent=2))
     barrier()
     if rank == 0:
+        sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
+        state = {"step": step, "world_size": world, "data_sha256": digest(cfg.data), "config": asdict(cfg)}
+        write_text(beside / "dipr1.json", json.dumps(state | {"files": sizes}, indent=2))
+        for path in beside.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # on the disk before the name says so
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
+        if cfg.keep:
+            for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep]:
+                shutil.rmtree(old)
     return final
+
+
+def digest(path):
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def complete(folder):
+    """What dipr1.json says of a checkpoint, or None if it or any file beside it is missing or cut short."""
+    try:
+        state = json.loads((folder / "dipr1.json").read_text())
+        right = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+    return state if right else None
+
+
+FREE_TO_CHANGE = {"resume", "output_dir", "save_every", "keep", "picture_every", "gradient_checkpointing",
+                  "eval", "predictions", "batch_size", "samples", "pictures", "limit"}
+
+
+def find_checkpoint(cfg):
+    """What `--resume` goes on from -> (folder, step), or (None, 0) where nothing was saved yet. SystemExit if
+    the run would not be the same: another setting, another number of processes, other data."""
+    newest_first = sorted(Path(cfg.output_dir).glob("checkpoint-??????"), reverse=True)
+    for folder in newest_first if cfg.resume == "newest" else [Path(cfg.resume)]:
+        state = complete(folder)
+        if state is None:
+            if cfg.resume != "newest":
+                raise SystemExit(f"--resume {folder}: it is not there, or not complete")
+            print0(f"warning: {folder} is not complete; trying the one before it")
+            continue
+        was = state["config"] | {"processes": state["world_size"], "data's content": state["data_sha256"]}
+        now = asdict(cfg) | {"processes": rank_and_world()[1], "data's content": digest(cfg.data)}
+        for name in was.keys() - FREE_TO_CHANGE:
+            if was[name] != now[name]:
+                raise SystemExit(f"--resume {folder}: its {name} was {was[name]!r} and is {now[name]!r} now")
+        return folder, state["step"]
+    return None, 0
+
+
+def restore(optimizer, folder):
+    """Put this rank's shard of a checkpoint's optimizer back."""
+    local = getattr(optimizer, "optim", optimizer)
+    device = local.masters[0].device
+    saved = torch.load(folder / f"optimizer-{rank_and_world()[0]}.pt", map_location=device, weights_only=True)
+    local.load_state_dict(saved["adamw"])
+    with torch.no_grad():
+        for master, value in zip(local.masters, saved["masters"]):
+            master.copy_(value)
+
+
+SIGNALS = []  # what asked this process to stop
+
+
+@contextlib.contextmanager
+def noting_signals():
+    """SIGTERM and Ctrl-C wait in SIGNALS until the step is done; the second one ends the process at once."""
+    def note(signum, frame):
+        SIGNALS.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        SIGNALS.clear()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def stop_after_step(policy, encoder, optimizer, step, cfg):
+    """If SIGTERM or Ctrl-C reached any rank: write a checkpoint, and all leave together."""
+    asked = torch.tensor(max(SIGNALS, default=0))
+    if dist.is_initialized():
+        asked = asked.to(unwrap(policy).model.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    if asked.item():
+        folder = save_checkpoint(policy, encoder, optimizer, step, cfg)
+        print0(f"\nstopped by {signal.Signals(asked.item()).name}; go on with --resume from {folder}")
+        raise SystemExit(128 + asked.item())
 
 
 class Log:
     """metrics.jsonl, the figures on the bar, TensorBoard if it happens to be installed; rank 0 writes."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, steps_done=0):
         self.file, self.board, self.skipped = None, None, 0
         if rank_and_world()[0] != 0:
             return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(folder) / "metrics.jsonl", "w", encoding="utf-8")
+        path = Path(folder) / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps_done else []
+        write_text(path, "".join(lines[:steps_done]))  # steps after the checkpoint come again
+        self.file = open(path, "a", encoding="utf-8")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1427,7 +1542,8 @@ DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
 def join_processes():
     """Meet the other processes, if torchrun started this one."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        patience = timedelta(minutes=30)  # of a collective: a rank that never comes ends the run, no hang
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
 
 
 def setup(cfg):
@@ -1441,20 +1557,50 @@ def setup(cfg):
     return Policy(model, tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
 
 
-def train_sft(policy, encoder, records, cfg, log):
+def train_sft(policy, encoder, records, cfg, log, start=0, folder=None):
     """The supervised warm-up: the paper's SFT baseline, and the demo's cold start."""
     optimizer = make_optimizer(policy)
-    bar = progress(batches(encoder, records, cfg.sft_batch, cfg.seed, cfg.sft_steps), "SFT", cfg.sft_steps)
+    if start < cfg.sft_steps and folder:
+        restore(optimizer, folder)
+    steps = batches(encoder, records, cfg.sft_batch, cfg.seed, cfg.sft_steps, start)
+    bar = progress(steps, "SFT", cfg.sft_steps, start)
     for step, prompts in bar:
         lr = learning_rate(step, cfg.sft_steps, cfg.sft_lr, cfg.warmup_steps)
         log.write("sft", step, sft_step(policy, optimizer, encoder, prompts, cfg, lr), bar)
+        done = step + 1
+        if cfg.save_every and done % cfg.save_every == 0:
+            save_checkpoint(policy, encoder, optimizer, done, cfg)
+        stop_after_step(policy, encoder, optimizer, done, cfg)
 
 
-def train_grpo(policy, encoder, records, cfg, log):
-    """GRPO. The reference model is the policy as it comes in, after the warm-up if there was one."""
+def reference_policy(policy, cfg, start):
+    """The frozen policy that GRPO started from, after the warm-up if there was one; None without a KL.
+
+    After a warm-up it is kept as `reference`, since a run that resumes could not make it again.
+    """
+    if not cfg.beta:
+        return None
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    reference = copy.deepcopy(unwrap(policy)).eval().requires_grad_(False)
+    kept = Path(cfg.output_dir) / "reference"
+    if start:
+        first = Qwen2_5_VLForConditionalGeneration.from_pretrained(kept if cfg.sft_steps else cfg.model)
+        reference.model.load_state_dict(first.state_dict())
+    elif cfg.sft_steps and cfg.save_every and rank_and_world()[0] == 0:
+        reference.model.save_pretrained(kept)
+    barrier()
+    return reference
+
+
+def train_grpo(policy, encoder, records, cfg, log, start=0, folder=None):
+    """GRPO, with checkpoints and pictures."""
     optimizer = make_optimizer(policy)
-    reference = copy.deepcopy(unwrap(policy)).eval().requires_grad_(False) if cfg.beta else None
-    bar = progress(batches(encoder, records, cfg.prompts_per_step, cfg.seed, cfg.steps), "GRPO", cfg.steps)
+    reference = reference_policy(policy, cfg, start)
+    if start:
+        restore(optimizer, folder)
+    steps = batches(encoder, records, cfg.prompts_per_step, cfg.seed, cfg.steps, start)
+    bar = progress(steps, "GRPO", cfg.steps, start)
     for step, prompts in bar:
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_steps)
         metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
@@ -1463,7 +1609,8 @@ def train_grpo(policy, encoder, records, cfg, log):
         if rank_and_world()[0] == 0 and cfg.picture_every and done % cfg.picture_every == 0:
             draw_picture(groups[0], Path(cfg.output_dir) / "pictures" / f"step-{done:06d}.png")
         if cfg.save_every and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_checkpoint(policy, encoder, optimizer, done, cfg)
+            save_checkpoint(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
+        stop_after_step(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
 
 
 def parallel(policy):
@@ -1475,13 +1622,20 @@ def parallel(policy):
 
 def train(cfg):
     """Warm-up and GRPO on --data."""
-    if (Path(cfg.output_dir) / "metrics.jsonl").exists():
-        raise SystemExit(f"{cfg.output_dir} holds a run already: choose another --output_dir, or remove it")
+    join_processes()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
+        cfg.resume = cfg.resume or "newest"
+    if (Path(cfg.output_dir) / "metrics.jsonl").exists() and not cfg.resume:
+        raise SystemExit(f"{cfg.output_dir} holds a run already: --resume it, or choose another --output_dir")
     records = load_records(cfg.data)
-    policy, encoder = setup(cfg)
-    policy, log = parallel(policy), Log(cfg.output_dir)
-    train_sft(policy, encoder, records, cfg, log)
-    train_grpo(policy, encoder, records, cfg, log)
+    folder, step = find_checkpoint(cfg) if cfg.resume else (None, 0)
+    barrier()  # nobody writes before all have looked
+    policy, encoder = setup(replace(cfg, model=str(folder)) if folder else cfg)
+    policy, log = parallel(policy), Log(cfg.output_dir, step)
+    with noting_signals():
+        if step < cfg.sft_steps:
+            train_sft(policy, encoder, records, cfg, log, step, folder)
+        train_grpo(policy, encoder, records, cfg, log, max(step - cfg.sft_steps, 0), folder)
 
 
 def run_evaluation(cfg):

@@ -12,7 +12,9 @@ import functools
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.io import loadmat, savemat
 from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -1203,7 +1206,7 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
     for step in (1, 2):
         assert Image.open(tmp_path / "pictures" / f"step-{step:06d}.png").size[0] > 400
 
-    checkpoint = tmp_path / "checkpoint-000002"
+    checkpoint = tmp_path / "checkpoint-000003"
     names = {path.name for path in checkpoint.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "dipr1.json",
             "optimizer-0.pt", "optimizer-1.pt"} <= names
@@ -1255,6 +1258,163 @@ def test_a_checkpoint_cut_short_is_an_error_in_a_line(tiny, tmp_path):
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
     with pytest.raises(SystemExit, match="cannot load --model"):
         dipr1.load_model(Config(model=str(tmp_path)), torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kill it, and go on
+
+
+def training(tiny, folder, *more):
+    """The flags of a small run: two supervised steps, four of GRPO, a checkpoint after each."""
+    return [str(flag) for flag in (
+        "--model", tiny[0], "--data", tiny[1], "--output_dir", folder, "--sft_steps", 2, "--sft_batch", 4,
+        "--sft_lr", 1e-3, "--steps", 4, "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 10, "--lr", 1e-3,
+        "--save_every", 1, "--keep", 0, "--picture_every", 0, *more)]
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def lines_of(folder):
+    """metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    dipr1.main(training(tiny, folder))
+    return folder
+
+
+def assert_same_run(folder, finished):
+    a, b = weights(folder / "checkpoint-000006"), weights(finished / "checkpoint-000006")
+    assert all(torch.equal(a[name], b[name]) for name in b) and set(a) == set(b)
+    assert lines_of(folder) == lines_of(finished) and len(lines_of(folder)) == 6
+
+
+@pytest.mark.parametrize("done", [1, 2, 4])  # in the warm-up, at its end, in GRPO
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_interrupted(tiny, finished, tmp_path, done):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for step in range(done + 1, 7):
+        shutil.rmtree(folder / f"checkpoint-{step:06d}")
+    dipr1.main(training(tiny, folder, "--resume"))
+    assert_same_run(folder, finished)
+
+
+def test_a_checkpoint_cut_anywhere_is_recognised_and_the_one_before_it_used(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    last, rng = tmp_path / "run/checkpoint-000006", np.random.default_rng(0)
+    assert dipr1.complete(last)["step"] == 6
+    paths = sorted(last.iterdir())
+    for path in rng.choice(paths, 20):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: rng.integers(0, len(whole))])
+        assert dipr1.complete(last) is None, path
+        path.write_bytes(whole)
+    (last / "model.safetensors").unlink()
+    cfg = Config(**json.loads((finished / "checkpoint-000006/dipr1.json").read_text())["config"])
+    cfg = dataclasses.replace(cfg, resume="newest", output_dir=str(tmp_path / "run"))
+    assert dipr1.find_checkpoint(cfg) == (tmp_path / "run/checkpoint-000005", 5)
+    assert "checkpoint-000006 is not complete" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="not complete"):
+        dipr1.find_checkpoint(dataclasses.replace(cfg, resume=str(last)))
+
+
+def test_resuming_another_run_is_refused_with_the_reason(tiny, finished, tmp_path):
+    with pytest.raises(SystemExit, match="holds a run already: --resume it"):
+        dipr1.main(training(tiny, finished))
+    for flags, said in ((["--lr", "1e-4"], "its lr was 0.001 and is 0.0001"), (["--seed", "1"], "its seed")):
+        with pytest.raises(SystemExit, match=said):
+            dipr1.main(training(tiny, finished, "--resume", *flags))
+    other = tmp_path / "train.jsonl"
+    other.write_text(tiny[1].read_text().replace("person", "people"))
+    config = json.loads((finished / "checkpoint-000006/dipr1.json").read_text())["config"]
+    with pytest.raises(SystemExit, match="its data was"):
+        dipr1.find_checkpoint(Config(**config | {"resume": "newest", "data": str(other)}))
+    shutil.copytree(finished, tmp_path / "run")
+    state = json.loads((tmp_path / "run/checkpoint-000006/dipr1.json").read_text())
+    for name, value, said in (("world_size", 2, "its processes was 2 and is 1"), ("data_sha256", "0", "its data's content")):
+        (tmp_path / "run/checkpoint-000006/dipr1.json").write_text(json.dumps(state | {name: value}))
+        with pytest.raises(SystemExit, match=said):
+            dipr1.find_checkpoint(Config(**config | {"resume": "newest", "output_dir": str(tmp_path / "run")}))
+
+
+def test_old_checkpoints_go(tiny, tmp_path):
+    dipr1.main(training(tiny, tmp_path / "run", "--keep", "2", "--resume"))  # nothing there to resume: it begins
+    assert [path.name for path in sorted((tmp_path / "run").glob("checkpoint*"))] == [
+        "checkpoint-000005", "checkpoint-000006"]
+
+
+def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_run(tiny, tmp_path, capsys):
+    records = [json.loads(line) for _ in range(40) for line in tiny[1].read_text().splitlines()]
+    for record in records:
+        record["image"] = str(tiny[1].parent / record["image"])
+    records[1]["image"] = "gone.png"
+    data_prep.write_jsonl(tmp_path / "train.jsonl", records)
+    _, encoder, _ = load(tiny)
+    records = dipr1.load_records(tmp_path / "train.jsonl")
+    prompts = [prompt for _, step in dipr1.batches(encoder, records, 24, seed=0, steps=10) for prompt in step]
+    assert [p.index for p in prompts if p.weight == 0] == [1] and "gone.png: no longer readable" in capsys.readouterr().err
+
+    policy, _, _ = load(tiny)
+    (lost,) = [prompt for prompt in prompts if prompt.weight == 0]
+    reference, optimizer = copy.deepcopy(policy).eval(), dipr1.make_optimizer(policy)
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    metrics, _ = dipr1.grpo_step(policy, reference, optimizer, encoder, [lost],
+                                 Config(group_size=3, max_new_tokens=9), 0, 1e-2)
+    assert metrics["lost_images"] == 1 and metrics["loss"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+    for record in records[:3]:
+        record["path"] = "gone.png"
+    with pytest.raises(SystemExit, match="more than 1% of the images"):
+        list(dipr1.batches(encoder, records, 24, seed=0, steps=10))
+
+
+def start(*flags, processes=1):
+    """A real training process (or torchrun with several), in a session of its own so that all of it can be killed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "dipr1.py", *flags]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+
+
+def test_sigterm_finishes_the_step_writes_a_checkpoint_and_leaves(tiny, finished, tmp_path):
+    process = start(*training(tiny, tmp_path / "run", "--save_every", "100"))
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in said, said
+    (folder,) = (tmp_path / "run").glob("checkpoint*")
+    assert dipr1.complete(folder)["step"] == len(metrics.read_text().splitlines()) < 6
+    dipr1.main(training(tiny, tmp_path / "run", "--save_every", "100", "--resume"))
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="two minutes: SLOW=1 pytest test_dipr1.py -k killed")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tiny, tmp_path, processes):
+    """SIGKILL at ten random moments, by preference while a checkpoint is being written (one, with two processes)."""
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", np.random.default_rng(processes)
+    assert start(*training(tiny, whole), processes=processes).wait(timeout=300) == 0
+    for number in range(10 if processes == 1 else 1):
+        process = start(*training(tiny, killed, "--resume"), processes=processes)
+        while process.poll() is None and not list(killed.glob("*.tmp" if number % 2 else "metrics.jsonl")):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02 if number % 2 else 1.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    last = start(*training(tiny, killed, "--resume"), processes=processes)
+    assert last.wait(timeout=300) == 0
+    a, b = weights(killed / "checkpoint-000006"), weights(whole / "checkpoint-000006")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert lines_of(killed) == lines_of(whole) and len(lines_of(whole)) == 6
 
 
 # ------------------------------------------------------------------------------------------------------------
