@@ -223,7 +223,7 @@ def test_crowds_are_chains_of_overlap():
 def test_accuracy_hacks_earn_less_than_honesty():
     gt = boxes(*[[20 * i, 0, 20 * i + 15, 40] for i in range(5)])
     honest = dipr1.accuracy_reward(gt[:4], gt)
-    assert honest == pytest.approx(0.85)
+    assert honest == pytest.approx(0.35 + 0.65 * 0.8)
     duplicates = np.repeat(gt[:4], 5, axis=0)
     assert dipr1.accuracy_reward(duplicates, gt) == pytest.approx(0.35 * 0.2 + 0.65 * 0.8)
     assert dipr1.accuracy_reward(gt[:1], gt) == pytest.approx(0.35 + 0.65 * 0.2)  # one safe box
