@@ -1203,8 +1203,8 @@ def find_checkpoint(cfg):
             continue
         was = state["config"] | {"processes": state["world_size"], "data's content": state["data_sha256"]}
         now = asdict(cfg) | {"processes": rank_and_world()[1], "data's content": digest(cfg.data)}
-        for name in was.keys() - FREE_TO_CHANGE:
-            if was[name] != now[name]:
+        for name in was:
+            if name not in FREE_TO_CHANGE and was[name] != now[name]:
                 raise SystemExit(f"--resume {folder}: its {name} was {was[name]!r} and is {now[name]!r} now")
         return folder, state["step"]
     return None, 0
