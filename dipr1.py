@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageOps
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -587,7 +587,7 @@ def tree_attention(module, query, key, value, attention_mask, **options):
     A prompt's token attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper than a
     mask over the whole row: what siblings would contribute has weight 0, so it is not computed, which leaves
     about a quarter, and no (L, L) mask exists. transformers calls this in every layer; without a Tree (in
-    prefill and decoding) it is the usual attention.
+    prefill) it is the usual attention.
     """
     if not isinstance(attention_mask, Tree):
         return attend(query, key, value, attention_mask), None
@@ -627,10 +627,12 @@ class Policy(nn.Module):
         model.model.language_model.set_attn_implementation("tree")
         config = model.config
         # A sampled placeholder would want an image that is not there; ids beyond the tokenizer have no text.
-        forbidden = torch.arange(config.text_config.vocab_size) >= len(tokenizer)
-        forbidden[[config.image_token_id, config.video_token_id]] = True
-        forbidden[[config.vision_start_token_id, config.vision_end_token_id]] = True
-        self.register_buffer("forbidden", forbidden.to(model.device), persistent=False)
+        # A bias of -1e4 takes their probability to exactly 0; -inf would give NaN.
+        forbidden = torch.zeros(config.text_config.vocab_size)
+        forbidden[len(tokenizer) :] = -1e4
+        forbidden[[config.image_token_id, config.video_token_id]] = -1e4
+        forbidden[[config.vision_start_token_id, config.vision_end_token_id]] = -1e4
+        self.register_buffer("forbidden", forbidden.to(model.device, model.dtype), persistent=False)
 
     def see(self, prompts):
         """The vision tower over all images at once, whatever their sizes -> a list of (visual tokens, D)."""
@@ -644,12 +646,12 @@ class Policy(nn.Module):
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
-    def logprobs(self, hidden):
+    def logprobs(self, hidden, linear=linear):
         """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of sampler and scorer alike."""
-        logits = self.model.lm_head(hidden).float() / self.temperature
-        return logits.masked_fill(self.forbidden, -1e4).log_softmax(-1)  # exp(-1e4) = 0; -inf would give NaN
+        logits = linear(hidden / self.temperature, self.model.lm_head.weight, self.forbidden)
+        return logits.float().log_softmax(-1)
 
-    def token_logprobs(self, hidden, targets, chunk=1024):
+    def token_logprobs(self, hidden, targets, chunk=512):
         """log pi of each target: (N, D), (N,) -> (N,). A chunk of tokens at a time, and again in the
         backward, so that the logits of a whole group (8 x 1,024 x 152k: 5 GB) never exist at once."""
         score = lambda h, y: self.logprobs(h).gather(1, y[:, None])[:, 0]
@@ -710,11 +712,11 @@ def inverse_cdf(logprobs, uniform):
 def prefill(policy, prompts, copies, room, features):
     """Read every prompt once, and make `copies` rows of each, with room for `room` more tokens.
 
-    Returns hidden (B, D), the state after the prompt's last token, B = prompts x copies; a static cache of
-    length L + room; and visible (B, 1, 1, L + room), the columns that hold a token. Prompts are padded on the
-    right to L: under causal attention no real token sees the padding.
+    Returns hidden (B, D), the state after the prompt's last token, B = prompts x copies; the cache, for each
+    layer keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a
+    token. Prompts are padded on the right to L: under causal attention no real token sees the padding.
     """
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache
 
     embeds = pad_sequence([policy.embed(p.ids, f) for p, f in zip(prompts, features)], batch_first=True)
     positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
@@ -724,27 +726,59 @@ def prefill(policy, prompts, copies, room, features):
         inputs_embeds=embeds, position_ids=positions, past_key_values=prefix, use_cache=True
     ).last_hidden_state
     hidden = hidden[torch.arange(len(prompts)), lengths - 1]
-    length = embeds.shape[1] + room
-    cache = StaticCache(policy.model.config, max_cache_len=length)
-    for number, layer in enumerate(prefix.layers):
-        keys, values = layer.keys.repeat_interleave(copies, 0), layer.values.repeat_interleave(copies, 0)
-        cache.update(keys, values, number)
-    visible = torch.arange(length, device=embeds.device) < lengths[:, None]
+
+    def rows(x):
+        return pad(x.repeat_interleave(copies, 0), (0, 0, 0, room))
+
+    cache = [(rows(layer.keys), rows(layer.values)) for layer in prefix.layers]
+    visible = torch.arange(embeds.shape[1] + room, device=embeds.device) < lengths[:, None]
     return hidden.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
 
+def linear_of_few(x, weight, bias=None):
+    """x W^T + b for a few rows (B, D): as (W x^T)^T, which a CPU computes in half the time."""
+    out = (weight @ x.T).T.contiguous()
+    return out if bias is None else out + bias
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding: x (B, H, D) at the angles of its position, cos and sin (B, 1, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
 def decode_step(policy, cache):
-    """-> a function: one more token (B,) at position (B, 1), seeing the visible columns -> hidden (B, D)."""
-    def step(token, position, visible):
-        return policy.model.model.language_model(
-            inputs_embeds=policy.model.get_input_embeddings()(token[:, None]), attention_mask=visible,
-            position_ids=position.expand(3, -1, -1), past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, 0]
+    """-> a function: one more token a row, token and position (B,) -> hidden (B, D), the state after it.
+
+    It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
+    This is Qwen2.5-VL's decoder, written out, on the model's own weights: transformers' spends as long in
+    Python as in the arithmetic, and what is written out can be recorded as a CUDA graph.
+    """
+    decoder = policy.model.model.language_model
+
+    def project(layer, x):
+        return linear_of_few(x, layer.weight, layer.bias)
+
+    def step(token, position, column, visible):
+        x = decoder.embed_tokens(token)
+        angles = decoder.rotary_emb(x, position[:, None])  # of a text's token all three axes agree
+        for layer, (keys, values) in zip(decoder.layers, cache):
+            attention, mlp, h = layer.self_attn, layer.mlp, layer.input_layernorm(x)
+            q, k, v = (project(one, h).unflatten(1, (-1, attention.head_dim))
+                       for one in (attention.q_proj, attention.k_proj, attention.v_proj))
+            keys.index_copy_(2, column, rotate(k, *angles)[:, :, None])
+            values.index_copy_(2, column, v[:, :, None])
+            q = rotate(q, *angles).unflatten(1, (keys.shape[1], -1))  # heads that share keys: a longer query
+            o = scaled_dot_product_attention(q, keys, values, visible)
+            x = x + project(attention.o_proj, o.flatten(1))
+            h = layer.post_attention_layernorm(x)
+            x = x + project(mlp.down_proj, mlp.act_fn(project(mlp.gate_proj, h)) * project(mlp.up_proj, h))
+        return decoder.norm(x)
 
     return step
 
 
-def captured(step, cache, *inputs):
+def captured(step, *inputs):
     """A decode step as a CUDA graph: recorded once, then replayed with new inputs copied to the old places.
 
     A step is a thousand small kernels, and Python takes longer to launch them than the GPU to run them; a
@@ -752,26 +786,18 @@ def captured(step, cache, *inputs):
     cannot be recorded, the step runs as it is, with a warning.
     """
     places = [value.clone() for value in inputs]
-    lengths = [layer.cumulative_length.clone() for layer in cache.layers]
-
-    def rewind():  # a step moves the cache on by one column; trying it out must not
-        for layer, length in zip(cache.layers, lengths):
-            layer.cumulative_length.copy_(length)
-
     try:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):  # libraries set themselves up on first use, which must not be recorded
                 step(*places)
-                rewind()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             hidden = step(*places)
     except RuntimeError as error:
         warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
-        rewind()
         return step
 
     def replay(*inputs):
@@ -796,7 +822,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     device, eos = policy.model.device, torch.tensor(encoder.eos, device=policy.model.device)
     features = policy.see(prompts) if features is None else features
     hidden, cache, visible = prefill(policy, prompts, G, max_new_tokens, features)
-    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)[:, None]
+    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)
     uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
     chosen = torch.zeros(P * G, max_new_tokens, device=device)  # log-probabilities of the tokens
@@ -804,7 +830,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     running = torch.ones(P * G, dtype=torch.bool, device=device)
     rows, step = torch.arange(P * G, device=device), None  # the rows still in the batch, and how to go on
     for t in range(max_new_tokens):
-        logprobs = policy.logprobs(hidden)
+        logprobs = policy.logprobs(hidden, linear_of_few)
         token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
         written[rows] += running[rows]  # EOS is the last token written
@@ -814,14 +840,15 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
             break
         if going.sum() <= len(rows) // 2:
             rows, token, visible, first = rows[going], token[going], visible[going], first[going]
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[going], layer.values[going]
+            cache = [(keys[going], values[going]) for keys, values in cache]
             step = None  # a recorded step has a fixed number of rows
-        visible[..., t - max_new_tokens] = True  # the column behind the prompts, t further on
+        column = visible.shape[-1] - max_new_tokens + t  # behind the prompts
+        visible[..., column] = True
+        inputs = token, first + t, torch.tensor([column], device=device), visible
         if step is None:
             step = decode_step(policy, cache)
-            step = captured(step, cache, token, first + t, visible) if device.type == "cuda" else step
-        hidden = step(token, first + t, visible)
+            step = captured(step, *inputs) if device.type == "cuda" else step
+        hidden = step(*inputs)
 
     completions = [tokens[row, : written[row]] for row in range(P * G)]
     logp = [chosen[row, : written[row]] for row in range(P * G)]
