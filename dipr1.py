@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from torch import nn
@@ -68,6 +69,7 @@ class Config:
     output_dir: str = knob("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
     seed: int = knob(0, "of data order and sampling; the same seed repeats a run exactly (on a CPU)")
     max_pixels: int = knob(1280 * 28 * 28, "larger images are scaled down; 28 x 28 pixels are a token")
+    max_prompt_tokens: int = knob(2048, "the image of a longer prompt is scaled down further")
 
     steps: int = knob(1000, "GRPO steps")
     prompts_per_step: int = knob(8, "prompts (groups) a step, over all ranks together")
@@ -385,6 +387,7 @@ class Prompt:
     truth: np.ndarray  # (n, 4)
     ignore: np.ndarray  # (m, 4)
     weight: float = 1.0  # of its loss; 0 for one whose image was lost
+    features: torch.Tensor | None = None  # (visual tokens, D), kept where the tower runs once for all
 
 
 def to_model_space(boxes, size, grid):
@@ -404,7 +407,6 @@ def to_image_space(boxes, size, grid):
 
 def load_model(cfg, device):
     """A Qwen2.5-VL by name or folder -> (model, tokenizer, image processor), or SystemExit says why not."""
-    from safetensors import SafetensorError
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -415,7 +417,7 @@ def load_model(cfg, device):
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"cannot load --model {cfg.model}: {reason}") from None
-    image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
+    image_processor.size["longest_edge"] = cfg.max_pixels
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -425,8 +427,9 @@ def load_model(cfg, device):
 class Encoder:
     """Records to prompts and truths to target texts: all that needs the tokenizer or the image processor."""
 
-    def __init__(self, model, tokenizer, image_processor):
+    def __init__(self, model, tokenizer, image_processor, max_prompt_tokens=2048):
         self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.max_prompt_tokens = max_prompt_tokens
         self.rope_index, self.device = model.model.get_rope_index, model.device
         self.image_token = model.config.image_token_id
         eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -444,7 +447,13 @@ class Encoder:
         if image.size != (record["width"], record["height"]):
             said = (record["width"], record["height"])
             raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
-        seen = self.image_processor(images=[image], return_tensors="pt")
+        limits = self.image_processor.size  # "edges", in Qwen's config, are areas in pixels
+        room = self.max_prompt_tokens - len(self.chat(record["target"], 0, 0)[0])  # a token is 28 x 28 pixels
+        least, most = limits["shortest_edge"], min(limits["longest_edge"], room * 28 * 28)
+        if most < least:
+            raise SystemExit(f"{record['path']}: --max_prompt_tokens leaves room for {room} visual tokens")
+        size = {"shortest_edge": least, "longest_edge": most}
+        seen = self.image_processor(images=[image], size=size, return_tensors="pt")
         grid = seen["image_grid_thw"]
         rows, columns = grid[0, 1].item(), grid[0, 2].item()
         ids, positions = self.chat(record["target"], rows, columns)
@@ -515,6 +524,9 @@ class Group:
     completions: list  # G tensors of token ids, EOS included
     rollout_logp: torch.Tensor | None = None  # (N,) log-probabilities with which the sampler drew them
     texts: list | None = None  # G decoded completions
+    advantages: torch.Tensor | None = None  # (N,)
+    old_logp: torch.Tensor | None = None  # (N,) log pi_old, before the first update
+    ref_logp: torch.Tensor | None = None  # (N,) log pi_ref
 
     @property
     def n_tokens(self):
@@ -636,6 +648,8 @@ class Policy(nn.Module):
 
     def see(self, prompts):
         """The vision tower over all images at once, whatever their sizes -> a list of (visual tokens, D)."""
+        if prompts[0].features is not None:
+            return [prompt.features for prompt in prompts]
         pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
         return list(self.model.get_image_features(pixels, grid).pooler_output)
 
@@ -658,13 +672,10 @@ class Policy(nn.Module):
         parts = zip(hidden.split(chunk), targets.split(chunk))
         return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in parts])
 
-    def forward(self, groups, features=None):
-        """Groups -> the flat (N,) log-probabilities of all their tokens, group by group.
-
-        `features` are those of `see`, if they are at hand (a frozen tower). Rows of different length are
-        padded to the longest; nothing else is.
-        """
-        features = self.see([group.prompt for group in groups]) if features is None else features
+    def forward(self, groups):
+        """Groups -> the flat (N,) log-probabilities of all their tokens, group by group. Rows of different
+        length are padded to the longest; nothing else is."""
+        features = self.see([group.prompt for group in groups])
         ids, positions, sources = zip(*map(pack, groups))
         embeds = pad_sequence([self.embed(i, f) for i, f in zip(ids, features)], batch_first=True)
         positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
@@ -709,7 +720,7 @@ def inverse_cdf(logprobs, uniform):
     return torch.searchsorted(cdf, level, right=True)[:, 0]
 
 
-def prefill(policy, prompts, copies, room, features):
+def prefill(policy, prompts, copies, room):
     """Read every prompt once, and make `copies` rows of each, with room for `room` more tokens.
 
     Returns hidden (B, D), the state after the prompt's last token, B = prompts x copies; the cache, for each
@@ -718,6 +729,7 @@ def prefill(policy, prompts, copies, room, features):
     """
     from transformers import DynamicCache
 
+    features = policy.see(prompts)
     embeds = pad_sequence([policy.embed(p.ids, f) for p, f in zip(prompts, features)], batch_first=True)
     positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
     lengths = torch.tensor([len(p.ids) for p in prompts], device=embeds.device)
@@ -810,7 +822,7 @@ def captured(step, *inputs):
 
 
 @torch.no_grad()
-def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=None):
+def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
     """Complete each prompt G times -> a list of Groups.
 
     `uniforms` (P, G, max_new_tokens) are the random numbers; None decodes greedily, G = 1. All rows write
@@ -820,8 +832,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None, features=No
     policy.eval()
     P, G = len(prompts), 1 if uniforms is None else uniforms.shape[1]
     device, eos = policy.model.device, torch.tensor(encoder.eos, device=policy.model.device)
-    features = policy.see(prompts) if features is None else features
-    hidden, cache, visible = prefill(policy, prompts, G, max_new_tokens, features)
+    hidden, cache, visible = prefill(policy, prompts, G, max_new_tokens)
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)
     uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
@@ -876,6 +887,15 @@ def barrier():
     """Wait for the other ranks, if there are any."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def over_ranks(values, reduction):
+    """A list of numbers, reduced over the ranks ("SUM", "MIN", "MAX") -> list of floats."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, getattr(dist.ReduceOp, reduction))
+    return values.tolist()
 
 
 def progress(items, title, total, start=0):
@@ -1016,11 +1036,32 @@ def learning_rate(step, steps, peak, warmup):
     return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
 
 
+@torch.no_grad()
+def keep_features(policy, prompts):
+    """One pass of the vision tower for all that follows: rollout, reference and policy, if it is frozen."""
+    for prompt, features in zip(prompts, policy.see(prompts)):
+        prompt.features = features
+
+
+@contextlib.contextmanager
+def naming_what_did_not_fit(prompts, completions, flag):
+    """Turn an out-of-memory into what a user needs: the image, the lengths, and what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        prompt = max(prompts, key=lambda prompt: len(prompt.ids))
+        raise SystemExit(
+            f"out of memory at {prompt.record['path']} and {len(prompts) - 1} more: a prompt of "
+            f"{len(prompt.ids)} tokens, {completions} of completions. Lower --max_prompt_tokens, "
+            f"--group_size or {flag}; --gradient_checkpointing saves memory too. PyTorch says: {error}"
+        ) from None
+
+
 def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
     """One optimizer step on sum_chunks loss_of(chunk), gradients averaged over the ranks by DDP -> metrics.
 
     Each rank runs one backward a chunk, also where nothing is to be learned. Only the last one synchronises.
-    A gradient that is not finite is not finite on every rank after that: all skip the update together.
+    A loss or gradient that is not finite on one rank is so on all after that: they skip the update together.
     """
     policy.train()
     for group in optimizer.param_groups:
@@ -1028,12 +1069,14 @@ def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
     total = 0.0
     for number, chunk in enumerate(chunks, 1):
         wait = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(chunks)
-        with policy.no_sync() if wait else contextlib.nullcontext():  # around forward and backward both
+        prompts, longest = [group.prompt for group in chunk], max(group.n_tokens for group in chunk)
+        with (policy.no_sync() if wait else contextlib.nullcontext(),  # around forward and backward both
+              naming_what_did_not_fit(prompts, longest, "--groups_per_forward")):
             loss = loss_of(chunk)
             loss.backward()
         total += loss.item()
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    finite = bool(torch.isfinite(norm))
+    finite = bool(np.isfinite([norm.item(), *over_ranks([total], "SUM")]).all())
     if finite:
         optimizer.step()
     policy.zero_grad(set_to_none=True)
@@ -1094,54 +1137,56 @@ def token_advantages(encoder, groups, rewards, cfg):
 def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     """Sample a group for each prompt, reward it, and update the policy -> (metrics, groups)."""
     started = time.perf_counter()
-    plain = unwrap(policy)
-    features = None
-    if cfg.freeze_vision:  # one pass for rollout, reference and policy alike
-        with torch.no_grad():
-            features = plain.see(prompts)
+    if cfg.freeze_vision:
+        keep_features(unwrap(policy), prompts)
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
-    groups = rollout(plain, encoder, prompts, cfg.max_new_tokens, uniforms, features)
+    with naming_what_did_not_fit(prompts, f"{cfg.group_size} x {cfg.max_new_tokens}", "--max_new_tokens"):
+        groups = rollout(unwrap(policy), encoder, prompts, cfg.max_new_tokens, uniforms)
     rolled_out = time.perf_counter()
 
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
-    advantages = token_advantages(encoder, groups, rewards, cfg)
-    old, ref, stats = {}, {}, []  # log-probabilities before the update, and under the reference, by prompt
+    for group, advantages in zip(groups, token_advantages(encoder, groups, rewards, cfg)):
+        group.advantages = advantages
+    stats = []
 
     def score(model, chunk):
-        seen = None if features is None else [features[p] for p in chunk]
-        chosen = [groups[p] for p in chunk]
-        return dict(zip(chunk, model(chosen, seen).split([group.n_tokens for group in chosen])))
+        return zip(chunk, model(chunk).split([group.n_tokens for group in chunk]))
 
     def loss_of(chunk):
-        if reference is not None and chunk[0] not in ref:
+        if reference is not None and chunk[0].ref_logp is None:
             with torch.no_grad():
-                ref.update(score(reference, chunk))
+                for group, logp in score(reference, chunk):
+                    group.ref_logp = logp
         loss = 0.0
-        for p, logp in score(policy, chunk).items():
-            before = old.setdefault(p, logp.detach())  # until the first update, pi_old is pi itself
-            part, part_stats = grpo_loss(logp, before, ref.get(p), advantages[p], cfg.clip_eps, cfg.beta)
-            loss = loss + groups[p].prompt.weight * part / len(groups)
+        for group, logp in score(policy, chunk):
+            if group.old_logp is None:  # until the first update, pi_old is pi itself
+                group.old_logp = logp.detach()
+            terms = logp, group.old_logp, group.ref_logp, group.advantages
+            part, part_stats = grpo_loss(*terms, cfg.clip_eps, cfg.beta)
+            loss = loss + group.prompt.weight * part / len(groups)
             stats.append(part_stats)
         return loss
 
-    by_length = sorted(range(len(groups)), key=lambda p: groups[p].n_tokens)  # rows of a forward are padded
+    by_length = sorted(groups, key=lambda group: group.n_tokens)  # rows of a forward are padded
     chunks = in_chunks(by_length, cfg.groups_per_forward)
     for _ in range(cfg.num_iterations):
         metrics = update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
     metrics |= {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
-    metrics |= describe(groups, rewards, [old[p] for p in range(len(groups))], encoder, cfg)
+    metrics |= describe(groups, rewards, encoder, cfg)
     seconds = time.perf_counter() - started
     metrics |= {"seconds": seconds, "seconds_rollout": rolled_out - started}
     metrics |= {"tokens_per_second": sum(group.n_tokens for group in groups) / seconds}
     return metrics, groups
 
 
-def describe(groups, rewards, logp, encoder, cfg):
+def describe(groups, rewards, encoder, cfg):
     """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
     completions = [o for group in groups for o in group.completions]
     answers = [parse_response(text).answer for group in groups for text in group.texts]
     total = rewards @ reward_weights(cfg)
+    sampled = torch.cat([group.rollout_logp for group in groups])
+    scored = torch.cat([group.old_logp for group in groups])
     return {
         "reward": total.mean().item(),
         "reward_format": rewards[..., 0].mean().item(),
@@ -1149,8 +1194,8 @@ def describe(groups, rewards, logp, encoder, cfg):
         "reward_accuracy": rewards[..., 2].mean().item(),
         "reward_std": total.std(dim=1).mean().item() if total.shape[1] > 1 else 0.0,
         "frac_zero_std": (total == total[:, :1]).all(dim=1).double().mean().item(),
-        "entropy": -torch.cat(logp).mean().item(),
-        "sampler_gap": (torch.cat(logp) - torch.cat([g.rollout_logp for g in groups])).abs().mean().item(),
+        "entropy": -scored.mean().item(),
+        "sampler_gap": (scored - sampled).abs().mean().item(),
         "completion_length": float(np.mean([len(o) for o in completions])),
         "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
         "boxes": float(np.mean([0 if a is None else len(a) for a in answers])),
@@ -1164,38 +1209,60 @@ def describe(groups, rewards, logp, encoder, cfg):
 
 
 def save_checkpoint(policy, encoder, optimizer, step, cfg):
-    """Write `checkpoint-<step>` (SFT's steps and GRPO's counted together) beside its place and rename it.
+    """Write `checkpoint-<step>` (SFT's steps and GRPO's counted together) -> the folder, or None.
 
     It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, the config
     and the size of each file, by which a copy that was cut short is recognised. There is no generator state
-    to keep: all randomness, the order of the data too, is a function of (seed, step, prompt).
+    to keep: all randomness, the order of the data too, is a function of (seed, step, prompt). It is written
+    beside its place and renamed. If that fails on any rank (a full disk), what there was stays, and None.
     """
     rank, world = rank_and_world()
     final = Path(cfg.output_dir) / f"checkpoint-{step:06d}"
     beside = final.with_name(final.name + ".tmp")
-    if rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    barrier()
-    local = getattr(optimizer, "optim", optimizer)  # this rank's shard
-    torch.save({"adamw": local.state_dict(), "masters": local.masters}, beside / f"optimizer-{rank}.pt")
-    if rank == 0:
-        for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
-            part.save_pretrained(beside)
-    barrier()
-    if rank == 0:
-        sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
-        state = {"step": step, "world_size": world, "data_sha256": digest(cfg.data), "config": asdict(cfg)}
-        write_text(beside / "dipr1.json", json.dumps(state | {"files": sizes}, indent=2))
-        for path in beside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())  # on the disk before the name says so
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        if cfg.keep:
-            for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep]:
-                shutil.rmtree(old)
+
+    def begin():
+        if rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+
+    def write():
+        local = getattr(optimizer, "optim", optimizer)  # this rank's shard
+        with open(beside / f"optimizer-{rank}.pt", "wb") as file:  # of a path's trouble torch says little
+            torch.save({"adamw": local.state_dict(), "masters": local.masters}, file)
+        if rank == 0:
+            for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
+                part.save_pretrained(beside)
+
+    def finish():
+        if rank == 0:
+            sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
+            state = {"step": step, "world_size": world, "data_sha256": digest(cfg.data),
+                     "config": asdict(cfg), "files": sizes}
+            write_text(beside / "dipr1.json", json.dumps(state, indent=2))
+            for path in beside.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())  # on the disk before the name says so
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+
+    for part in (begin, write, finish):
+        if not all(over_ranks([tried(part, final)], "MIN")):  # and so no rank runs ahead
+            shutil.rmtree(beside, ignore_errors=True)
+            return None
+    if rank == 0 and cfg.keep:
+        for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep]:
+            shutil.rmtree(old)
     return final
+
+
+def tried(write, what):
+    """write() -> did it work? A full disk is said, and is no reason to end a run of days."""
+    try:
+        write()
+        return True
+    except (OSError, SafetensorError) as error:
+        tqdm.write(f"warning: {what} could not be written: {error}", file=sys.stderr)
+        return False
 
 
 def digest(path):
@@ -1230,9 +1297,10 @@ def find_checkpoint(cfg):
             continue
         was = state["config"] | {"processes": state["world_size"], "data's content": state["data_sha256"]}
         now = asdict(cfg) | {"processes": rank_and_world()[1], "data's content": digest(cfg.data)}
-        for name in was:
-            if name not in FREE_TO_CHANGE and was[name] != now[name]:
-                raise SystemExit(f"--resume {folder}: its {name} was {was[name]!r} and is {now[name]!r} now")
+        for name in was | now:
+            before, after = was.get(name, "unknown"), now.get(name, "unknown")  # to another version
+            if name not in FREE_TO_CHANGE and before != after:
+                raise SystemExit(f"--resume {folder}: its {name} was {before!r} and is {after!r} now")
         return folder, state["step"]
     return None, 0
 
@@ -1269,14 +1337,12 @@ def noting_signals():
 
 def stop_after_step(policy, encoder, optimizer, step, cfg):
     """If SIGTERM or Ctrl-C reached any rank: write a checkpoint, and all leave together."""
-    asked = torch.tensor(max(SIGNALS, default=0))
-    if dist.is_initialized():
-        asked = asked.to(unwrap(policy).model.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    if asked.item():
+    (asked,) = map(int, over_ranks([max(SIGNALS, default=0)], "MAX"))
+    if asked:
         folder = save_checkpoint(policy, encoder, optimizer, step, cfg)
-        print0(f"\nstopped by {signal.Signals(asked.item()).name}; go on with --resume from {folder}")
-        raise SystemExit(128 + asked.item())
+        last = f"go on with --resume from {folder}" if folder else "this step could not be saved"
+        print0(f"\nstopped by {signal.Signals(asked).name}; {last}")
+        raise SystemExit(128 + asked)
 
 
 class Log:
@@ -1297,18 +1363,20 @@ class Log:
 
     def write(self, phase, step, metrics, bar):
         """Average a step's metrics over the ranks (all of them must call) and write them down."""
-        names, values = list(metrics), torch.tensor(list(metrics.values()), dtype=torch.float64)
-        if dist.is_initialized():
-            on_device = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(on_device)
-            values = on_device.cpu() / dist.get_world_size()
-        metrics = dict(zip(names, values.tolist()))
+        totals, world = over_ranks(list(metrics.values()), "SUM"), rank_and_world()[1]
+        metrics = {name: total / world for name, total in zip(metrics, totals)}
+        if self.file:
+            line = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
+            try:
+                self.file.write(json.dumps({"phase": phase, "step": step, **line}) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise SystemExit(f"{self.file.name}: {error}; make room, and go on with --resume") from None
         self.skipped = self.skipped + 1 if metrics["skipped"] else 0
         if self.skipped == 10:
-            raise SystemExit(f"{phase} step {step}: ten gradients in a row not finite; lower --lr")
+            seen = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+            raise SystemExit(f"{phase} step {step}: ten updates in a row not finite ({seen}); lower the rate")
         if self.file:
-            self.file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
-            self.file.flush()
             shown = ("loss", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "boxes")
             shown = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
             bar.set_postfix({name.removeprefix("reward_"): value for name, value in shown.items()})
@@ -1481,12 +1549,12 @@ def predict(policy, encoder, records, cfg, folder):
     shape, predictions = (cfg.samples, cfg.max_new_tokens), {}
     for chunk in progress(chunks, "evaluating", len(chunks)):
         prompts = [encoder.prompt(index, record) for index, record in chunk]
-        features = policy.see(prompts)
-        best = rollout(policy, encoder, prompts, cfg.max_new_tokens, None, features)
+        keep_features(policy, prompts)
+        best = rollout(policy, encoder, prompts, cfg.max_new_tokens)
         texts = [one.texts for one in best]
         if cfg.samples:
             uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
-            groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms, features)
+            groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms)
             texts = [one.texts + group.texts for one, group in zip(best, groups)]
         for prompt, (greedy, *sampled) in zip(prompts, texts):
             responses = [parse_response(text) for text in (greedy, *sampled)]
@@ -1581,7 +1649,8 @@ def setup(cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     model, tokenizer, image_processor = load_model(cfg, device)
-    return Policy(model, tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
+    encoder = Encoder(model, tokenizer, image_processor, cfg.max_prompt_tokens)
+    return Policy(model, tokenizer, cfg.temperature), encoder
 
 
 def train_sft(policy, encoder, records, cfg, log, start=0, folder=None):
@@ -1615,7 +1684,8 @@ def reference_policy(policy, cfg, start):
         first = Qwen2_5_VLForConditionalGeneration.from_pretrained(kept if cfg.sft_steps else cfg.model)
         reference.model.load_state_dict(first.state_dict())
     elif cfg.sft_steps and cfg.save_every and rank_and_world()[0] == 0:
-        reference.model.save_pretrained(kept)
+        if not tried(lambda: reference.model.save_pretrained(kept), kept):
+            raise SystemExit("without it this run could not be resumed")
     barrier()
     return reference
 
@@ -1634,9 +1704,12 @@ def train_grpo(policy, encoder, records, cfg, log, start=0, folder=None):
         log.write("grpo", step, metrics, bar)
         done = step + 1
         if rank_and_world()[0] == 0 and cfg.picture_every and done % cfg.picture_every == 0:
-            draw_picture(groups[0], Path(cfg.output_dir) / "pictures" / f"step-{done:06d}.png")
+            path = Path(cfg.output_dir) / "pictures" / f"step-{done:06d}.png"
+            tried(lambda: draw_picture(groups[0], path), path)
         if cfg.save_every and (done % cfg.save_every == 0 or done == cfg.steps):
-            save_checkpoint(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
+            saved = save_checkpoint(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
+            if done == cfg.steps and not saved:
+                raise SystemExit("the last checkpoint could not be written: make room, and --resume")
         stop_after_step(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
 
 

@@ -135,6 +135,37 @@ def test_garbage_is_parsed_in_no_time_and_never_rewarded(name):
     assert 0 <= dipr1.look_rewards([parsed, parsed, parsed], 56, 56).min()
 
 
+def mutated(text, rng):
+    """A completion with a few accidents: characters lost, doubled or exchanged, pieces moved, repeated or cut off."""
+    for _ in range(rng.integers(1, 6)):
+        a, b = sorted(rng.integers(0, len(text) + 1, 2))
+        text = [
+            text[:a] + text[a + 1:], text[:a] + text[a:b] * 2 + text[b:], text[:a], text[:a] + text[b:],
+            text[:a] + rng.choice(list('0123456789-.,[]{}"<>/ \\\n\0é')) + text[a + 1:],
+            text[b:] + text[:a], text[:a] + rng.choice(dipr1.TAGS) + text[a:], text[:a] + "9" * int(b - a) + text[b:],
+        ][rng.integers(8)]
+    return text
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_mutated_completions_earn_finite_rewards_within_bounds():
+    rng, started, malformed, earned = np.random.default_rng(0), time.process_time(), 0, 0
+    truth, ignore = boxes([10, 10, 40, 60], [30, 12, 70, 66]), boxes([80, 0, 112, 30])
+    qwen = '[{"bbox_2d": [9, 11, 41, 58], "label": "person"}, {"bbox_2d": [31, 12, 69, 66], "label": "person"}]'
+    whole = [completion(), completion(answer=qwen), completion(look="[]", answer="```json\n" + qwen + "\n```"),
+             completion(look="[[5, 5, 80, 80]]", answer="[[10, 10, 40.5, 60], [30, 12, 70, 66]]")]
+    for _ in range(12_500):
+        texts = [mutated(whole[rng.integers(4)], rng) for _ in range(8)]
+        group = Group(SimpleNamespace(width=112, height=112, truth=truth, ignore=ignore), [], texts=texts)
+        rewards = dipr1.group_rewards(group, 0.65)
+        assert rewards.shape == (8, 3) and bool(torch.isfinite(rewards).all())
+        assert bool((rewards >= 0).all() and (rewards <= 1).all()), texts
+        malformed += (rewards[:, 0] == 0).sum().item()
+        earned += (rewards[:, 2] > 0).sum().item()
+    assert malformed > 50_000 and earned > 5_000, "the accidents should be bad, and not all fatal"
+    assert time.process_time() - started < 60
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Boxes and matching
 
@@ -526,9 +557,10 @@ def test_the_rollout_writes_what_a_naive_loop_writes_token_for_token(tiny, froze
     with torch.no_grad():
         noise = torch.randn(128, generator=torch.Generator().manual_seed(0))
         policy.model.lm_head.weight[encoder.eos[1]] += 0.2 * noise  # now and then an EOS: rows are dropped
-        features = policy.see(prompts[:2]) if frozen else None
+        if frozen:
+            dipr1.keep_features(policy, prompts[:2])
         uniforms = torch.stack([dipr1.draw_uniforms(0, 0, p.index, (4, 60)) for p in prompts[:2]])
-        groups = dipr1.rollout(policy, encoder, prompts[:2], 60, uniforms, features)
+        groups = dipr1.rollout(policy, encoder, prompts[:2], 60, uniforms)
         for group, of_group in zip(groups, uniforms):
             for completion, of_completion in zip(group.completions, of_group):
                 written = []
@@ -749,6 +781,36 @@ def test_a_broken_image_is_named(tiny, tmp_path):
         encoder.prompt(0, record | {"path": str(tiny[1].parent / "0.png"), "width": 50})
 
 
+def test_the_image_of_a_prompt_that_is_too_long_is_scaled_down(tiny):
+    """By Qwen's own rule, to sides that are multiples of 28; the boxes go with it."""
+    _, encoder, prompts = load(tiny)
+    record = prompts[0].record | {"boxes": [[0, 0, 112, 112], [28, 28, 84, 56]], "ignore": []}
+    picture, text = Image.new("RGB", (112, 112)), len(encoder.chat("person", 0, 0)[0])
+    for room, side in ((100, 112), (16, 112), (15, 84), (9, 84), (8, 56), (4, 56)):
+        encoder.max_prompt_tokens = text + room
+        prompt = encoder.encode(0, record, picture)
+        assert (prompt.width, prompt.height) == (side, side) and len(prompt.ids) <= text + room
+        assert np.allclose(prompt.truth, np.array(record["boxes"]) * side / 112)
+    encoder.max_prompt_tokens = text + 3
+    with pytest.raises(SystemExit, match="leaves room for 3 visual tokens"):
+        encoder.encode(0, record, picture)
+
+
+@pytest.mark.parametrize("where, said", [
+    ("rollout", "3 x 9 of completions.*--max_new_tokens"), ("forward", "27 of completions.*--groups_per_forward")])
+def test_an_out_of_memory_names_the_image_the_lengths_and_what_to_lower(tiny, monkeypatch, where, said):
+    policy, encoder, prompts = load(tiny)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(*((dipr1, "rollout", full) if where == "rollout" else (policy, "forward", full)))
+    cfg, longest = Config(group_size=3, max_new_tokens=9, groups_per_forward=2), prompts[1]
+    named = f"{longest.record['path']} and 1 more: a prompt of {len(longest.ids)} tokens, {said}"
+    with pytest.raises(SystemExit, match=named):
+        dipr1.grpo_step(policy, None, dipr1.make_optimizer(policy), encoder, prompts[:2], cfg, 0, 1e-2)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
@@ -794,16 +856,30 @@ def three_steps(tiny, rank, world, zero_odd=False, **options):
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
+def poisoned_step(tiny, rank):
+    """A step in which one rank's loss is infinite, but not its gradients; then one in which they are NaN."""
+    policy, _, prompts = load(tiny)
+    before = copy.deepcopy(policy.state_dict())
+    policy = dipr1.parallel(policy)
+    optimizer, chunks = dipr1.make_optimizer(policy), [[random_group(prompts[0])]]
+    metrics = [dipr1.update(policy, optimizer, chunks, lambda chunk: policy(chunk).mean() * factor + term, 1e-3, 1.0)
+               for factor, term in ((1.0, rank * float("inf") if rank else 0.0), (float("nan") if rank else 1.0, 0.0))]
+    same = all(torch.equal(value, before[name]) for name, value in policy.module.state_dict().items())
+    return [m["skipped"] for m in metrics], same
+
+
 def worker(rank, tiny, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    assert poisoned_step(tiny, rank) == ([1, 1], True), "not finite on one rank: both leave the weights alone"
     results = [three_steps(tiny, rank, 2, **scenario) for scenario in SCENARIOS]
     torch.save(results, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
-    """Also where one rank's groups all have zero advantage, with a frozen tower, with two updates a rollout."""
+    """Also where one rank's groups all have zero advantage, with a frozen tower, with two updates a rollout. And a loss
+    that is not finite on one of them is skipped by both."""
     torch.multiprocessing.spawn(worker, (tiny, tmp_path), nprocs=2)
     two = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     start = {name: p.detach() for name, p in load(tiny)[0].named_parameters()}
@@ -878,14 +954,17 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(tiny, poison):
 
 
 def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path):
-    log, bar, metrics = dipr1.Log(tmp_path), tqdm(disable=True), {"loss": float("nan"), "skipped": 1.0}
+    log, bar = dipr1.Log(tmp_path), tqdm(disable=True)
+    metrics = {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1.0}
     for step in range(9):
         log.write("grpo", step, metrics, bar)
     log.write("grpo", 9, metrics | {"skipped": 0.0}, bar)
     for step in range(10, 19):
         log.write("grpo", step, metrics, bar)
-    with pytest.raises(SystemExit, match="grpo step 19: ten gradients in a row"):
+    with pytest.raises(SystemExit, match="grpo step 19: ten updates in a row not finite .loss nan, gradient norm inf"):
         log.write("grpo", 19, metrics, bar)
+    written = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "metrics.jsonl")]
+    assert len(written) == 20 and written[0]["loss"] is None, "NaN is not JSON"
 
 
 def test_bf16_weights_move_at_a_learning_rate_that_bf16_cannot_see():
@@ -1398,10 +1477,10 @@ def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_r
         list(dipr1.batches(encoder, records, 24, seed=0, steps=10))
 
 
-def start(*flags, processes=1):
+def start(*flags, processes=1, torchrun_flags=(), before=()):
     """A real training process (or torchrun with several), in a session of its own so that all of it can be killed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "dipr1.py", *flags]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *torchrun_flags]
+    command = [*before, sys.executable, *(torchrun if processes > 1 else []), "dipr1.py", *flags]
     return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
 
@@ -1420,7 +1499,7 @@ def test_sigterm_finishes_the_step_writes_a_checkpoint_and_leaves(tiny, finished
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="two minutes: SLOW=1 pytest test_dipr1.py -k killed")
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tiny, tmp_path, processes):
     """SIGKILL at ten random moments, by preference while a checkpoint is being written (one, with two processes)."""
@@ -1438,6 +1517,75 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tiny, tmp_path, p
     a, b = weights(killed / "checkpoint-000006"), weights(whole / "checkpoint-000006")
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert lines_of(killed) == lines_of(whole) and len(lines_of(whole)) == 6
+
+
+@pytest.mark.slow
+def test_torchrun_brings_a_run_back_that_lost_a_rank(tiny, tmp_path):
+    """SIGKILL to one of two ranks, in the middle of GRPO: torchrun starts both again, from the last checkpoint."""
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    assert start(*training(tiny, whole), processes=2).wait(timeout=300) == 0
+    process = start(*training(tiny, hurt), processes=2, torchrun_flags=["--max_restarts", "1"])
+    while not (hurt / "checkpoint-000003").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said[-3000:]
+    a, b = weights(hurt / "checkpoint-000006"), weights(whole / "checkpoint-000006")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    assert lines_of(hurt) == lines_of(whole) and len(lines_of(whole)) == 6
+
+
+def room_left(kind, folder, kilobytes):
+    """-> the words that run a command where only so much can be written to the folder, or to any one file."""
+    if kind == "a quota on files":
+        return ["sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh"]
+    disk, used = folder.parent / "disk", sum(path.stat().st_size for path in folder.rglob("*")) // 1024
+    disk.mkdir()
+    script = (f'mount -t tmpfs -o size={used + kilobytes}k none {disk} && cp -r {folder}/. {disk} && rm -r {folder} '
+              f'&& "$@"; code=$?; cp -r {disk} {folder}; exit $code')
+    return ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+
+
+@pytest.mark.parametrize("kind", ["a full disk", "a quota on files"])
+def test_a_full_disk_leaves_the_last_checkpoint_usable_and_is_said(tiny, finished, tmp_path, kind, monkeypatch, capsys):
+    """The run wants to write checkpoints 4 to 6, and there is room for half of one. Then room is made."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for step in (4, 5, 6):
+        shutil.rmtree(folder / f"checkpoint-{step:06d}")
+    disk = kind == "a full disk"
+    if disk and subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none",
+                                tmp_path], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    words = room_left(kind, folder, 3000)
+    process = start(*training(tiny, tmp_path / "disk" if disk else folder, "--resume"), before=words)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 1 and "Traceback" not in said, said[-3000:]
+    for step in (4, 5, 6):
+        assert f"checkpoint-{step:06d} could not be written" in said
+    assert "the last checkpoint could not be written: make room, and --resume" in said
+    assert ("No space left" in said) == disk
+    assert [path.name for path in sorted(folder.glob("checkpoint*"))] == [f"checkpoint-{n:06d}" for n in (1, 2, 3)]
+    assert len(lines_of(folder)) == 6
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dipr1, "draw_picture", full)  # pictures first, this time
+    dipr1.main(training(tiny, folder, "--resume", "--picture_every", "1"))
+    assert "step-000002.png could not be written" in capsys.readouterr().err
+    assert_same_run(folder, finished)
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_in_a_line(tmp_path):
+    log = dipr1.Log(tmp_path)
+    log.file = open("/dev/full", "a")
+    with pytest.raises(SystemExit, match="/dev/full: .* No space left on device; make room"):
+        log.write("sft", 0, {"loss": 1.0, "skipped": 0.0}, tqdm(disable=True))
+    with pytest.raises(OSError):
+        log.file.close()  # it tries once more
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1827,11 +1975,11 @@ def naive_rollout(policy, prompt, G, new_tokens):
     return Group(prompt, list(out[:, ids.shape[1]:]))
 
 
-def our_rollout(policy, prompt, G, new_tokens, features):
+def our_rollout(policy, prompt, G, new_tokens):
     """`rollout`, with an EOS that never comes."""
     encoder = SimpleNamespace(eos=[-1], decode=lambda ids: "")
     uniforms = dipr1.draw_uniforms(0, 0, 0, (G, new_tokens))[None]
-    (group,) = dipr1.rollout(policy, encoder, [prompt], new_tokens, uniforms, features)
+    (group,) = dipr1.rollout(policy, encoder, [prompt], new_tokens, uniforms)
     return group
 
 
@@ -1862,14 +2010,12 @@ class Stopwatch:
 
 def one_step(policy, reference, prompt, G, new_tokens, naive, frozen, watch):
     """Rollout, reference, policy forward and backward of one group."""
-    features = None
+    prompt.features = None
     with watch("rollout"):
         if frozen and not naive:
-            with torch.no_grad():
-                features = policy.see([prompt])
-        rollout = naive_rollout if naive else functools.partial(our_rollout, features=features)
-        group = rollout(policy, prompt, G, new_tokens)
-    score = plain_logprobs if naive else lambda model, group: model([group], features)
+            dipr1.keep_features(policy, [prompt])
+        group = (naive_rollout if naive else our_rollout)(policy, prompt, G, new_tokens)
+    score = plain_logprobs if naive else lambda model, group: model([group])
     with watch("reference"), torch.no_grad():
         ref = score(reference, group)
     with watch("policy forward"):
@@ -1917,6 +2063,7 @@ def benchmark(shape, G, new_tokens, repeats, device, stages=True):
                 for name, value in rows.items():
                     found.setdefault(name, ([], []))[naive].append(value)
     policy.model.model.visual.requires_grad_(True)
+    prompt.features = None
     for naive in (True, False):
         policy.model.model.language_model.set_attn_implementation("sdpa" if naive else "tree")
         found.setdefault("added memory, MB", ([], []))[naive].append(added_memory(policy, group, naive, device) / 1e6)
