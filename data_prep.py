@@ -34,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from scipy.io.matlab import MatReadError
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
@@ -179,23 +179,55 @@ def draw_scene(rng, size):
     return scene, boxes, ignore
 
 
+LETTERS = "ABCDEFGHJK"
+PHRASES = {  # of grounding: whoever of the boxes has the least of this
+    "the person furthest left": lambda box: box[0],
+    "the person furthest right": lambda box: -box[2],
+    "the tallest person": lambda box: box[1] - box[3],
+}
+
+
+def draw_sign(rng, size):
+    """A street with a sign of two to four letters: (image, text)."""
+    scene, _ = draw_street(rng, size)
+    text = "".join(rng.choice(list(LETTERS), rng.integers(2, 5)))
+    font = ImageFont.load_default(int(0.24 * size))
+    left, top, right, bottom = font.getbbox(text)
+    x, y = int(rng.integers(3, size - right - 3)), int(rng.integers(3, size - bottom - 3))
+    pen = ImageDraw.Draw(scene)
+    pen.rectangle([x + left - 3, y + top - 3, x + right + 3, y + bottom + 3], fill=muted(rng, 225, 243))
+    pen.text((x, y), text, font=font, fill=vivid(rng, 0.1, 0.4))
+    return scene, text
+
+
 def save_scene(job):
-    """Draw scene `number` of `seed` (its own generator: the scene depends on nothing else) and save it."""
-    folder, seed, number, size = job
-    scene, boxes, ignore = draw_scene(np.random.default_rng([seed, number]), size)
-    name = f"images/{number:06d}.png"
+    """Draw scene `number` of `seed` (its own generator: the scene depends on nothing else), save it, and
+    return its record, as the task asks."""
+    folder, seed, number, size, task = job
+    rng, name = np.random.default_rng([seed, number]), f"images/{number:06d}.png"
+    about = {"image": name, "width": size, "height": size, "target": "person", "task": task}
+    if task == "ocr":
+        scene, about["transcript"] = draw_sign(rng, size)
+    else:
+        scene, boxes, ignore = draw_scene(rng, size)
     scene.save(folder / name, compress_level=1)
-    about = {"image": name, "width": size, "height": size, "target": "person"}
-    return about | {"boxes": boxes, "ignore": ignore}
+    if task == "grounding":
+        phrase = str(rng.choice(list(PHRASES)))
+        about |= {"target": phrase, "boxes": [min(boxes, key=PHRASES[phrase])]}
+    if task == "counting":
+        about["points"] = [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in boxes]
+    if task == "detection":
+        about |= {"boxes": boxes, "ignore": ignore}
+    return about
 
 
-def synthetic(out, images, seed, size=112, val=None):
+def synthetic(out, images, seed, size=112, val=None, task="detection"):
     """Draw `images` scenes into `out`: train.jsonl, and the last `val` of them (default a tenth) into
-    val.jsonl."""
+    val.jsonl, each with what the task asks for."""
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     val = max(1, images // 10) if val is None else val
-    jobs = [(out, seed, number, size) for number in range(images)]
+    jobs = [(out, seed, number, size, task) for number in range(images)]
     with ProcessPoolExecutor() as pool:
         records = list(tqdm(pool.map(save_scene, jobs, chunksize=64), "drawing scenes", len(jobs)))
     write_jsonl(out / "train.jsonl", records[: images - val])
@@ -222,8 +254,8 @@ QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered 
 )
 
 
-def tiny_tokenizer(size):
-    """256 bytes, so that any text can be written, and one token for whatever DIP-R1's template writes often.
+def tiny_tokenizer(size, questions):
+    """256 bytes, so that any text can be written, and one token for whatever the template writes often.
 
     The prompt's fixed sentences are a token each, and so is a number with the comma after it: a box costs 5
     tokens (the real tokenizer spends 15 to 35). Short sequences are what makes the demo quick.
@@ -231,7 +263,7 @@ def tiny_tokenizer(size):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from dipr1 import CHAT, QUESTION
+    from dipr1 import CHAT
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
@@ -241,7 +273,8 @@ def tiny_tokenizer(size):
         tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768,
     )
-    fixed = re.split(r"<\|.*?\|>|\{.*?\}", CHAT + QUESTION)  # the prompt without special tokens and {target}
+    prompt = CHAT + "".join(questions)
+    fixed = re.split(r"<\|.*?\|>|\{.*?\}", prompt)  # without special tokens and {target}
     sentences = [sentence for sentence in fixed if len(sentence) > 1]
     tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
     numbers = [f"{number}{comma}" for number in range(size + 1) for comma in ("", ", ")]
@@ -269,8 +302,9 @@ def smooth_numbers(embeddings, tokenizer, size, rng):
             embeddings[ids] = 0.3 * embeddings[ids] + torch.from_numpy(walk + kind).to(embeddings)
 
 
-def tiny(out, seed=0, size=112):
+def tiny(out, seed=0, size=112, questions=None):
     """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
+    It knows the words of `questions` (default: DIP-R1's).
     """
     import torch
     from transformers import (
@@ -279,7 +313,9 @@ def tiny(out, seed=0, size=112):
         Qwen2VLImageProcessorPil,
     )
 
-    tokenizer = tiny_tokenizer(size)
+    from dipr1 import QUESTION
+
+    tokenizer = tiny_tokenizer(size, [QUESTION] if questions is None else questions)
     token = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
@@ -689,6 +725,8 @@ def main(argv=None):
     draws.add_argument("--images", type=int, default=2000, help="a tenth becomes val.jsonl (default 2000)")
     draws.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
     draws.add_argument("--size", type=int, default=112, help="side in pixels (default 112, the tiny model's)")
+    draws.add_argument("--task", choices=["detection", "grounding", "counting", "ocr"], default="detection",
+                       help="what is asked: the last three are Perception-R1's (default detection)")
 
     small = commands.add_parser("tiny", help="a tiny random Qwen2.5-VL as a Hugging Face folder")
     small.add_argument("--out", required=True, help="folder to write")
@@ -700,7 +738,7 @@ def main(argv=None):
 
     args = parser.parse_args(argv)
     if args.command == "synthetic":
-        synthetic(args.out, args.images, args.seed, args.size)
+        synthetic(args.out, args.images, args.seed, args.size, task=args.task)
     elif args.command == "tiny":
         model = tiny(args.out, args.seed, args.size)
         print(f"{args.out}: a Qwen2.5-VL of {sum(p.numel() for p in model.parameters()):,} random parameters")

@@ -9,12 +9,17 @@
     python dipr1.py --demo                          no GPU, no download: watch a tiny Qwen2.5-VL learn
     torchrun --nproc_per_node 8 dipr1.py            the real thing: Qwen2.5-VL-3B on data/train.jsonl
     python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, Jaccard index of a checkpoint
+    python dipr1.py --demo --compare 3              Perception-R1, DIP-R1 without look, DIP-R1, three seeds
     python dipr1.py --help                          every knob
 
 The paper's exact equations for the look and the accuracy reward are not public: where a definition is ours,
 the words "our reading" stand beside it. How this file departs from textbook GRPO: a group is scored as ONE
 row, prompt and picture shared by its G completions; the loss is normalised by token over the group; the look
 reward is credited to the tokens that can have earned it.
+
+`--method perception-r1` is Perception-R1 (arXiv 2504.07954) in the same harness, the baseline to beat: no
+look, a format reward of +1 or -1, and one answer reward for each of four tasks. What is asked (QUESTION,
+PERCEPTION_QUESTIONS) and what is rewarded (`group_rewards`) tell the methods apart; the rest is shared.
 """
 import bisect
 import contextlib
@@ -29,6 +34,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -62,8 +68,12 @@ class Config:
     """Every knob, each explained on its line. The command line is made from this."""
 
     demo: bool = knob(False, "draw scenes, make a tiny model, train it, show before and after")
+    compare: int = knob(0, "with --demo: both methods from one warm-up, side by side, on so many seeds")
     eval: bool = knob(False, "evaluate --model on --data instead of training")
     predictions: str = knob("", "score this predictions.jsonl on --data, without a model")
+    method: Literal["dip-r1", "perception-r1"] = knob("dip-r1", "what is asked, and what is rewarded")
+    task: Literal["detection", "grounding", "counting", "ocr"] = knob(
+        "detection", "of the demo, with --method perception-r1; a line of the data names its own")
     model: str = knob("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
     data: str = knob("data/train.jsonl", "one image a line, as data_prep.py writes it")
     output_dir: str = knob("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
@@ -122,14 +132,38 @@ QUESTION = (  # our reading: the paper's prompt is not public
     "[x1, y1, x2, y2] in pixels. Example:\n<think>Two, one in front of the other.</think>"
     "<look>[[10, 20, 58, 90]]</look><answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
 )
-TAGS = ["<think>", "</think>", "<look>", "</look>", "<answer>", "</answer>"]
+PERCEPTION_QUESTIONS = {  # Perception-R1 asks for the answer alone; our wording
+    "detection": (
+        "Find every {target} in the image. List one box for each between <answer> and </answer>. Boxes are a "
+        "JSON list of [x1, y1, x2, y2] in pixels. Example:\n"
+        "<answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
+    ),
+    "grounding": (
+        "Find {target} in the image. Give its one box between <answer> and </answer>, as a JSON list of "
+        "[x1, y1, x2, y2] in pixels. Example:\n<answer>[[31, 24, 58, 90]]</answer>"
+    ),
+    "counting": (
+        "Count every {target} in the image. List one point on each between <answer> and </answer>. Points "
+        "are a JSON list of [x, y] in pixels. Example:\n<answer>[[25, 54], [45, 57]]</answer>"
+    ),
+    "ocr": "Read the image. Write its text between <answer> and </answer>.",
+}
+LABELLED = ' Instead of a bare box write {"bbox_2d": [x1, y1, x2, y2], "label": what it is}.'
+
+
+def question(record):
+    """What a record's method and task ask."""
+    asked = QUESTION if record["method"] == "dip-r1" else PERCEPTION_QUESTIONS[record["task"]]
+    return asked.format(target=record["target"]) + (LABELLED if "labels" in record else "")
+
 
 # Linear on every input: no two neighbouring parts of these patterns can match the same text.
 NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"  # at most six digits: finite, whatever the policy writes
-BOX = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]")
-LABEL = r'"label"\s*:\s*"[^"{}]*"\s*'
-QWEN_BOX = re.compile(
-    r"\{\s*(?:" + LABEL + r",\s*)?" + r'"bbox_2d"\s*:\s*(\[[^][{}]*\])\s*(?:,\s*' + LABEL + r")?\}"
+BOX, POINT = (re.compile(r"\[" + ",".join([NUMBER] * k) + r"\]") for k in (4, 2))
+LABEL = r'"label"\s*:\s*"([^"{}]*)"\s*'
+QWEN_ROW = re.compile(
+    r"\{\s*(?:" + LABEL + r",\s*)?" + r'"(?:bbox|point)_2d"\s*:\s*(\[[^][{}]*\])\s*'
+    r"(?:,\s*" + LABEL + r")?\}"
 )
 
 
@@ -148,46 +182,68 @@ class Response:
     well_formed: bool
 
 
-def parse_boxes(text):
-    """`[[1, 2, 3, 4], ...]` or Qwen's `[{"bbox_2d": [1, 2, 3, 4], "label": "person"}]` -> (n, 4), or None."""
-    text = text.strip()
+def parse_rows(text, row):
+    """A JSON list of n rows of k numbers, as BOX and POINT have them, or Qwen's own form of it -> (n, k), or
+    None. Qwen writes `[{"bbox_2d": [1, 2, 3, 4], "label": "person"}]`, and of points "point_2d"."""
+    text, k = text.strip(), row.groups
     if text.startswith("```") and text.endswith("```"):
         text = text.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
-    glue_and_numbers = BOX.split(QWEN_BOX.sub(r"\1", text))  # glue, x1, y1, x2, y2, glue, ..., glue
-    glue = [piece.strip() for piece in glue_and_numbers[::5]]
+    glue_and_numbers = row.split(QWEN_ROW.sub(r"\2", text))  # glue, x1, y1, x2, y2, glue, ..., glue
+    glue = [piece.strip() for piece in glue_and_numbers[:: k + 1]]
     n = len(glue) - 1
     if n == 0:
-        return np.zeros((0, 4)) if re.fullmatch(r"\[\s*\]", text) else None
+        return np.zeros((0, k)) if re.fullmatch(r"\[\s*\]", text) else None
     if glue != ["["] + [","] * (n - 1) + ["]"]:
         return None
-    del glue_and_numbers[::5]
-    return np.array(glue_and_numbers, dtype=float).reshape(n, 4)
+    del glue_and_numbers[:: k + 1]
+    return np.array(glue_and_numbers, dtype=float).reshape(n, k)
 
 
-def parse_response(text):
-    """Split a completion on the six tags -> Response. Never raises; linear in the length of the text.
+def parse_boxes(text):
+    """`[[1, 2, 3, 4], ...]`, or the same in Qwen's form -> (n, 4), or None."""
+    return parse_rows(text, BOX)
 
-    Well-formed: exactly the six tags, once each, in order, and nothing but white space outside the sections.
+
+def sections(text, names):
+    """Split a completion on the tags of these sections -> ([the text of each, or None], well-formed?).
+
+    Well-formed: exactly these tags, once each, in order, and nothing but white space outside the sections.
     Of a malformed completion the sections that stand there once are still read: a right answer stays right.
     """
-    pieces = re.split("(" + "|".join(TAGS) + ")", text)
+    expected = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
+    pieces = re.split("(" + "|".join(expected) + ")", text)
     tags, between = pieces[1::2], pieces[2::2]
     outside = [pieces[0], *between[1::2]]
 
-    def section(name):
-        opening, closing = f"<{name}>", f"</{name}>"
+    def section(opening, closing):
         if tags.count(opening) != 1 or tags.count(closing) != 1:
             return None
         start = tags.index(opening)
         return between[start] if tags[start + 1 : start + 2] == [closing] else None
 
-    think, look, answer = section("think"), section("look"), section("answer")
-    return Response(
-        think=think,
-        look=None if look is None else parse_boxes(look),
-        answer=None if answer is None else parse_boxes(answer),
-        well_formed=tags == TAGS and not "".join(outside).strip(),
-    )
+    found = [section(f"<{name}>", f"</{name}>") for name in names]
+    return found, tags == expected and not "".join(outside).strip()
+
+
+def parse_response(text):
+    """DIP-R1's completion -> Response. Never raises; linear in the length of the text."""
+    (think, look, answer), well_formed = sections(text, ["think", "look", "answer"])
+    look, answer = (None if part is None else parse_boxes(part) for part in (look, answer))
+    return Response(think, look, answer, well_formed)
+
+
+def read_answer(text, record):
+    """What a completion answers, of either method -> boxes (n, 4); points (n, 2) if the task is counting; a
+    string if it is ocr; None if there is none or it does not parse."""
+    (answer,), _ = sections(text, ["answer"])
+    if answer is None or record["task"] == "ocr":
+        return answer
+    return parse_rows(answer, POINT if record["task"] == "counting" else BOX)
+
+
+def read_labels(text):
+    """The labels of Qwen's rows, in their order; None for one that has none."""
+    return [before or after or None for before, _, after in QWEN_ROW.findall(text)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,10 +281,11 @@ def box_iou(a, b):
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
-def match_boxes(pred, gt, iou_threshold=0.5):
-    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious)."""
+def match_boxes(pred, gt, iou_threshold=0.5, allowed=True):
+    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious). Only those
+    pairs may be that are `allowed`, (n, m)."""
     iou = box_iou(pred, gt)
-    iou[iou < iou_threshold] = 0
+    iou[(iou < iou_threshold) | ~np.broadcast_to(allowed, iou.shape)] = 0
     rows, cols = linear_sum_assignment(iou, maximize=True)
     paired = iou[rows, cols] > 0
     return rows[paired], cols[paired], iou[rows, cols][paired]
@@ -253,13 +310,17 @@ def crowds(boxes, iou_threshold):
     return as_boxes([[*m[:, :2].min(axis=0), *m[:, 2:].max(axis=0)] for m in members if len(m) > 1])
 
 
+def excused(pred, matched, ignore=None):
+    """How many unmatched predictions lie more than half inside an ignore region. They are not counted: nobody
+    annotated there, so nobody can say that they are wrong."""
+    inside = share_inside(pred, [] if ignore is None else ignore) > 0.5
+    return int(np.delete(inside, matched).sum())
+
+
 def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
-    """-> (true positives, predictions, truths). Unmatched predictions more than half inside an ignore region
-    are not counted: nobody annotated there, so nobody can say that they are wrong."""
+    """-> (true positives, predictions less those excused, truths)."""
     pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
-    excused = share_inside(pred, [] if ignore is None else ignore) > 0.5
-    excused[pred_idx] = False
-    return len(pred_idx), len(excused) - int(excused.sum()), len(gt)
+    return len(pred_idx), len(pred) - excused(pred, pred_idx, ignore), len(gt)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -331,6 +392,78 @@ def accuracy_reward(pred, gt, ignore=None, recall_weight=0.65, iou_threshold=0.5
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Perception-R1's rewards: the right form earns +1 and any other -1; the answer earns up to 1, by its task.
+# Where the paper's summary is silent the definitions are ours: what an empty answer or a wrong number of them
+# earns, and that everything is divided by the larger count
+
+
+# r = IoU(pred, truth)
+def grounding_reward(pred, truth):
+    """(n, 4) boxes against the one box (1, 4) that the phrase means -> [0, 1]; 0 unless n = 1."""
+    return float(box_iou(pred, truth)[0, 0]) if len(pred) == len(truth) == 1 else 0.0
+
+
+# r = 1 - (sum over pairs |p - t| / diagonal  +  unmatched) / max(n, m)
+def counting_reward(pred, truth, width, height):
+    """(n, 2) points against one on each of m instances (m, 2), paired by the Hungarian algorithm -> [0, 1].
+
+    Every point or instance left over counts as distance 1, and so does a pair farther apart than the image's
+    diagonal. No points where nothing is: 1.
+    """
+    if not len(pred) or not len(truth):
+        return float(len(pred) == len(truth))
+    distances = np.linalg.norm(pred[:, None] - truth[None], axis=2) / np.hypot(width, height)
+    distances = np.minimum(distances, 1)
+    paired = distances[linear_sum_assignment(distances)]
+    return float((1 - paired).sum() / max(len(pred), len(truth)))
+
+
+def levenshtein(a, b):
+    """The fewest insertions, deletions and substitutions that turn string a into b.
+
+    Myers' bit-parallel algorithm (J. ACM 46, 1999) in Hyyrö's form (2003): a column of the usual table is two
+    integers, whose bits say where it goes up or down by one. Pages of 3,000 characters take milliseconds.
+    """
+    if not a:
+        return len(b)
+    where, full = {}, (1 << len(a)) - 1
+    for i, character in enumerate(a):
+        where[character] = where.get(character, 0) | 1 << i
+    up, down, distance = full, 0, len(a)
+    for character in b:
+        equal = where.get(character, 0)
+        diagonal = (((equal & up) + up) ^ up) | equal | down
+        right_up, right_down = down | ~(diagonal | up) & full, diagonal & up
+        distance += (right_up >> len(a) - 1 & 1) - (right_down >> len(a) - 1 & 1)
+        right_up, right_down = right_up << 1 | 1, right_down << 1
+        up, down = (right_down | ~(diagonal | right_up)) & full, diagonal & right_up & full
+    return distance
+
+
+# r = 1 - levenshtein(pred, truth) / max(|pred|, |truth|)
+def ocr_reward(pred, truth):
+    """Two strings, white space around them aside -> [0, 1]; two empty ones earn 1."""
+    pred, truth = pred.strip(), truth.strip()
+    return 1 - levenshtein(pred, truth) / max(len(pred), len(truth), 1)
+
+
+# r = sum over pairs IoU / max(n, m)
+def detection_reward(pred, truth, ignore=None, pred_labels=None, labels=None):
+    """(n, 4) boxes against m truths (m, 4), paired so that the total IoU is largest -> [0, 1].
+
+    A pair of different labels counts 0, where the truth has `labels`. Unmatched predictions in an ignore
+    region are not counted, as in DIP-R1. Nothing there and nothing predicted: 1.
+    """
+    allowed = True
+    if labels is not None:
+        named = [*(pred_labels or []), *[None] * len(pred)][: len(pred)]
+        allowed = np.array([[a == b for b in labels] for a in named], bool).reshape(len(pred), -1)
+    pred_idx, _, ious = match_boxes(pred, truth, 0, allowed)
+    count = max(len(pred) - excused(pred, pred_idx, ignore), len(truth))
+    return float(ious.sum() / count) if count else 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Advantages and loss
 
 
@@ -384,25 +517,26 @@ class Prompt:
     grid: torch.Tensor  # (1, 3) patches in time, height, width
     width: int
     height: int
-    truth: np.ndarray  # (n, 4)
+    truth: np.ndarray  # (n, 4); of counting, points (n, 2)
     ignore: np.ndarray  # (m, 4)
     weight: float = 1.0  # of its loss; 0 for one whose image was lost
     features: torch.Tensor | None = None  # (visual tokens, D), kept where the tower runs once for all
 
 
 def to_model_space(boxes, size, grid):
-    """Boxes in pixels of an image of size (W, H) -> pixels of its resized copy, which Qwen2.5-VL speaks.
+    """Boxes (n, 4) or points (n, 2) in pixels of an image of size (W, H) -> pixels of its resized copy, which
+    Qwen2.5-VL speaks.
 
     Each axis has its own scale: both sides are rounded to multiples of 28 (1920 x 1080 becomes 1316 x 728).
     """
     _, rows, columns = grid.flatten().tolist()
-    scale = [14 * columns / size[0], 14 * rows / size[1]] * 2
-    return as_boxes(boxes) * scale
+    boxes, scale = np.asarray(boxes, float), [14 * columns / size[0], 14 * rows / size[1]]
+    return boxes * np.tile(scale, boxes.shape[-1] // 2)
 
 
 def to_image_space(boxes, size, grid):
     """The way back: `to_image_space(to_model_space(b, size, grid), size, grid)` is b."""
-    return as_boxes(boxes) / to_model_space([[1, 1, 1, 1]], size, grid)
+    return boxes / to_model_space(np.ones_like(boxes), size, grid)
 
 
 def load_model(cfg, device):
@@ -448,7 +582,7 @@ class Encoder:
             said = (record["width"], record["height"])
             raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
         limits = self.image_processor.size  # "edges", in Qwen's config, are areas in pixels
-        room = self.max_prompt_tokens - len(self.chat(record["target"], 0, 0)[0])  # a token is 28 x 28 pixels
+        room = self.max_prompt_tokens - len(self.chat(question(record), 0, 0)[0])  # a token is 28 x 28 pixels
         least, most = limits["shortest_edge"], min(limits["longest_edge"], room * 28 * 28)
         if most < least:
             raise SystemExit(f"{record['path']}: --max_prompt_tokens leaves room for {room} visual tokens")
@@ -456,18 +590,19 @@ class Encoder:
         seen = self.image_processor(images=[image], size=size, return_tensors="pt")
         grid = seen["image_grid_thw"]
         rows, columns = grid[0, 1].item(), grid[0, 2].item()
-        ids, positions = self.chat(record["target"], rows, columns)
+        ids, positions = self.chat(question(record), rows, columns)
+        counting = record["task"] == "counting"
         return Prompt(
             index, record, ids, positions, seen["pixel_values"].to(self.device), grid.to(self.device),
             14 * columns, 14 * rows,
-            truth=to_model_space(record["boxes"], image.size, grid),
+            truth=to_model_space(record["points" if counting else "boxes"], image.size, grid),
             ignore=to_model_space(record["ignore"], image.size, grid),
         )
 
     @functools.lru_cache(maxsize=1024)
-    def chat(self, target, rows, columns):
-        """The question for an image of rows x columns patches -> ids (L,), M-RoPE positions (3, L)."""
-        chat = CHAT.format(question=QUESTION.format(target=target))
+    def chat(self, question, rows, columns):
+        """The question about an image of rows x columns patches -> ids (L,), M-RoPE positions (3, L)."""
+        chat = CHAT.format(question=question)
         chat = chat.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches a token
         ids = torch.tensor([self.tokenizer(chat, add_special_tokens=False).input_ids])
         # Without the token types positions would silently be 1-D, and the model blind to where things are.
@@ -486,14 +621,20 @@ class Encoder:
         return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
 
     def target(self, prompt):
-        """The supervised target: the truth in the template, left to right, and a weak look (our reading)."""
-        order = np.argsort(prompt.truth[:, 0], kind="stable")
-        truth = clip_boxes(prompt.truth[order], prompt.width, prompt.height)
-        boxes = truth.round().astype(int)
-        look = weak_look(truth, prompt.width, prompt.height, prompt.index).round().astype(int)
-        who = "people" if prompt.record["target"] == "person" else prompt.record["target"] + "s"
-        text = (f"<think>{len(boxes)} {who}, {len(look)} to look at</think><look>{look.tolist()}</look>"
-                f"<answer>{boxes.tolist()}</answer>")
+        """The supervised target: the truth in the method's template, left to right."""
+        order, record = np.argsort(prompt.truth[:, 0], kind="stable"), prompt.record
+        truth = np.clip(prompt.truth[order], 0, [prompt.width, prompt.height] * (prompt.truth.shape[1] // 2))
+        answer = truth.round().astype(int).tolist()
+        if record["task"] == "ocr":
+            answer = record["transcript"]
+        elif "labels" in record:
+            labels = [record["labels"][i] for i in order]
+            answer = json.dumps([{"bbox_2d": box, "label": label} for box, label in zip(answer, labels)])
+        text = f"<answer>{answer}</answer>"
+        if record["method"] == "dip-r1":  # a thought and a weak look (our reading) come first
+            look = weak_look(truth, prompt.width, prompt.height, prompt.index).round().astype(int).tolist()
+            who = "people" if record["target"] == "person" else record["target"] + "s"
+            text = f"<think>{len(truth)} {who}, {len(look)} to look at</think><look>{look}</look>{text}"
         ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
         return torch.tensor(ids, device=self.device)
 
@@ -924,7 +1065,10 @@ def read_jsonl(path, check):
     return checked
 
 
-def load_records(path):
+TRUTH = {"detection": "boxes", "grounding": "boxes", "counting": "points", "ocr": "transcript"}  # of a line
+
+
+def load_records(path, method="dip-r1"):
     """Read a JSONL that data_prep.py wrote, check every line, and say where each image lies (`path`)."""
     path = Path(path)
     if not path.is_file():
@@ -936,12 +1080,20 @@ def load_records(path):
         )
 
     def check(line):
-        record = {"target": "person", "ignore": [], **line}
-        for name in ("boxes", "ignore"):
-            record[name] = np.array(record[name], float).reshape(-1, 4)
-        finite = np.isfinite(record["boxes"]).all() and np.isfinite(record["ignore"]).all()
-        if not (record["width"] > 0 and record["height"] > 0 and finite):
-            raise ValueError("sizes must be positive and boxes finite")
+        record = {"target": "person", "task": "detection", "method": method, "ignore": [], **line}
+        if record["method"] == "dip-r1" and record["task"] != "detection":
+            raise ValueError(f"the task {record['task']} needs --method perception-r1")
+        record[TRUTH[record["task"]]]  # must be there
+        for name, k in (("boxes", 4), ("ignore", 4), ("points", 2)):
+            record[name] = np.array(record.get(name, []), float).reshape(-1, k)
+            if not np.isfinite(record[name]).all():
+                raise ValueError(f"{name} must be finite")
+        if not (record["width"] > 0 and record["height"] > 0):
+            raise ValueError("sizes must be positive")
+        if record["task"] == "grounding" and len(record["boxes"]) != 1:
+            raise ValueError("grounding is of one box")
+        if "labels" in record and len(record["labels"]) != len(record["boxes"]):
+            raise ValueError("as many labels as boxes")
         return record | {"path": str(path.parent / record["image"])}
 
     records = read_jsonl(path, check)
@@ -1096,10 +1248,32 @@ def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     return update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
 
 
+def perception_rewards(text, prompt):
+    """Perception-R1's (format in {-1, 1}, answer in [0, 1]) of a completion, by its record's task."""
+    record, pred = prompt.record, read_answer(text, prompt.record)
+    if pred is None:
+        return -1.0, 0.0
+    if record["task"] == "ocr":
+        answer = ocr_reward(pred, record["transcript"])
+    elif record["task"] == "counting":
+        answer = counting_reward(pred, prompt.truth, prompt.width, prompt.height)
+    elif record["task"] == "grounding":
+        answer = grounding_reward(clip_boxes(pred, prompt.width, prompt.height), prompt.truth)
+    else:
+        labels = read_labels(text), record.get("labels")
+        pred = clip_boxes(pred, prompt.width, prompt.height)
+        answer = detection_reward(pred, prompt.truth, prompt.ignore, *labels)
+    return (1.0 if sections(text, ["answer"])[1] else -1.0), answer
+
+
 def group_rewards(group, recall_weight):
-    """(G, 3): the format, look and accuracy reward of each completion."""
-    prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
-    width, height = prompt.width, prompt.height
+    """(G, 3): the format, look and accuracy reward of each completion; of Perception-R1 the answer's is the
+    accuracy, and no look is asked for."""
+    prompt = group.prompt
+    if prompt.record["method"] == "perception-r1":
+        rewards = [perception_rewards(text, prompt) for text in group.texts]
+        return torch.tensor([[form, 0.0, answer] for form, answer in rewards], dtype=torch.float64)
+    responses, width, height = [parse_response(text) for text in group.texts], prompt.width, prompt.height
     answers = [None if r.answer is None else clip_boxes(r.answer, width, height) for r in responses]
     accuracy = [accuracy_reward(answer, prompt.truth, prompt.ignore, recall_weight) for answer in answers]
     look = look_rewards(responses, width, height)
@@ -1128,7 +1302,8 @@ def token_advantages(encoder, groups, rewards, cfg):
         parts = []
         for completion, a, b in zip(group.completions, early, late):
             advantage = torch.full(completion.shape, b, device=completion.device)
-            advantage[: encoder.look_length(completion)] = a
+            if a != b:
+                advantage[: encoder.look_length(completion)] = a
             parts.append(advantage)
         flat.append(torch.cat(parts))
     return flat
@@ -1183,7 +1358,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
 def describe(groups, rewards, encoder, cfg):
     """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
     completions = [o for group in groups for o in group.completions]
-    answers = [parse_response(text).answer for group in groups for text in group.texts]
+    answers = [read_answer(text, group.prompt.record) for group in groups for text in group.texts]
     total = rewards @ reward_weights(cfg)
     sampled = torch.cat([group.rollout_logp for group in groups])
     scored = torch.cat([group.old_logp for group in groups])
@@ -1198,7 +1373,7 @@ def describe(groups, rewards, encoder, cfg):
         "sampler_gap": (scored - sampled).abs().mean().item(),
         "completion_length": float(np.mean([len(o) for o in completions])),
         "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
-        "boxes": float(np.mean([0 if a is None else len(a) for a in answers])),
+        "boxes": float(np.mean([len(a) if isinstance(a, np.ndarray) else 0 for a in answers])),
         "truth_boxes": float(np.mean([len(group.prompt.truth) for group in groups])),
         "lost_images": float(sum(group.prompt.weight == 0 for group in groups)),
     }
@@ -1386,37 +1561,47 @@ class Log:
 
 
 def draw_boxes(image, boxes, scale, color, line):
-    """Outline (n, 4) boxes on an image `scale` times as large; what has no area is left out."""
+    """Outline (n, 4) boxes, None for none, on an image `scale` times as large; no area, no outline."""
     pen = ImageDraw.Draw(image)
-    for x1, y1, x2, y2 in as_boxes(boxes) * scale:
+    for x1, y1, x2, y2 in as_boxes([] if boxes is None else boxes) * scale:
         if x1 < x2 and y1 < y2:
             pen.rectangle([x1, y1, x2, y2], outline=color, width=line)
+
+
+def as_marks(answer):
+    """An answer as boxes to draw: those it has, or small ones around its points; None where it has neither."""
+    if not isinstance(answer, np.ndarray):
+        return None
+    return answer if answer.shape[1] == 4 else np.hstack([answer - 2, answer + 2])
 
 
 def draw_picture(group, path, height=448):
     """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and
     the map of where the group's answers disagree, which is what the look is paid to find."""
-    prompt, responses = group.prompt, [parse_response(text) for text in group.texts]
+    prompt, look = group.prompt, parse_response(group.texts[0]).look
+    answers = [read_answer(text, prompt.record) for text in group.texts]
+    reads = prompt.record["task"] == "ocr"
+    caption = f"reads {answers[0]!r}" if reads else "truth white, answer orange, look green"
+    first, *others = map(as_marks, answers)
     scale = height / prompt.height
     size = (round(prompt.width * scale), height)
     image = open_image(prompt.record["path"]).resize(size)
-    counts = [coverage(r.answer, prompt.width, prompt.height) for r in responses if r.answer is not None]
+    counts = [coverage(marks, prompt.width, prompt.height) for marks in (first, *others) if marks is not None]
     unsure = disagreement(counts) if len(counts) > 1 else np.zeros((prompt.height // 14, prompt.width // 14))
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
     doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
-    look, answer = ([] if boxes is None else boxes for boxes in (responses[0].look, responses[0].answer))
-    draw_boxes(image, answer, scale, (255, 140, 0), 4)
-    draw_boxes(image, prompt.truth, scale, (255, 255, 255), 1)
-    draw_boxes(image, look, scale, (60, 220, 60), 2)
-    draw_boxes(doubt, look, scale, (60, 220, 60), 2)
+    draw_boxes(image, first, scale, (255, 140, 0), 4)
+    draw_boxes(image, as_marks(prompt.truth), scale, (255, 255, 255), 1)
+    for side in (image, doubt):
+        draw_boxes(side, look, scale, (60, 220, 60), 2)
 
     sheet = Image.new("RGB", (2 * size[0] + 8, height + 24), (24, 24, 24))
     sheet.paste(image, (0, 24))
     sheet.paste(doubt, (size[0] + 8, 24))
     pen = ImageDraw.Draw(sheet)
-    pen.text((6, 6), "truth white, answer orange, look green", fill=(230, 230, 230))
-    pen.text((size[0] + 14, 6), f"where {len(responses)} answers disagree", fill=(230, 230, 230))
+    pen.text((6, 6), caption.encode("ascii", "replace").decode(), fill=(230, 230, 230))
+    pen.text((size[0] + 14, 6), f"where {len(answers)} answers disagree", fill=(230, 230, 230))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -1500,41 +1685,87 @@ def detection_figures(images):
     }
 
 
+def grounding_figures(images):
+    """(pred (n, 4), truth (1, 4), _) of every image -> dict of figures."""
+    ious = np.array([grounding_reward(pred, truth) for pred, truth, _ in images])
+    accuracies = {f"acc_{threshold:g}": (ious >= threshold).mean() for threshold in (0.5, 0.75, 0.95)}
+    return accuracies | {"mean_iou": ious.mean()}
+
+
+def counting_figures(images):
+    """(pred (n, 2), truth (m, 2), _) of every image -> dict of figures."""
+    off = np.array([abs(len(pred) - len(truth)) for pred, truth, _ in images])
+    return {"exact_count": (off == 0).mean(), "count_mae": off.mean()}
+
+
+def ocr_figures(images):
+    """(pred, truth, _), strings, of every image -> dict of figures; words are compared as bags of words."""
+    common = [sum((Counter(pred.split()) & Counter(truth.split())).values()) for pred, truth, _ in images]
+    words = [len(pred.split()) + len(truth.split()) for pred, truth, _ in images]
+    distance = [1 - ocr_reward(pred, truth) for pred, truth, _ in images]
+    return {"edit_distance": np.mean(distance), "word_f1": ratio(2 * sum(common), sum(words))}
+
+
+FIGURES = {"detection": detection_figures, "grounding": grounding_figures, "counting": counting_figures,
+           "ocr": ocr_figures}
+
+
+def beside_truth(record, answer):
+    """An entry of predictions.jsonl -> (pred, truth, ignore) of its record's task."""
+    name = TRUTH[record["task"]]
+    pred = answer[name]
+    if name == "boxes":
+        pred = clip_boxes(pred, record["width"], record["height"])
+    return pred, record[name], record["ignore"]
+
+
+def task_figures(records, predictions):
+    """-> dict of the figures of each task, with the task's name before them if there are several."""
+    images = {}
+    for record, prediction in zip(records, predictions):
+        images.setdefault(record["task"], []).append(beside_truth(record, prediction))
+    by_task = {task: FIGURES[task](images[task]) for task in images}
+    if len(by_task) == 1:
+        return next(iter(by_task.values()))
+    return {f"{task} {name}": value for task in by_task for name, value in by_task[task].items()}
+
+
 def score(records, predictions):
     """Predictions, one a record, as predictions.jsonl holds them -> dict of figures.
 
-    All need "boxes"; "text", "look_reward" and "samples", where they are known, give the figures of the form
-    of the greedy answer, of its look, and of answers sampled at temperature T.
+    All need their task's answer ("boxes", "points" or "transcript"). "rewards" and "samples", where they are
+    known, give the mean rewards of the greedy answers and of those sampled at temperature T.
     """
-    def beside_truth(answers):
-        for record, answer in answers:
-            pred = clip_boxes(answer["boxes"], record["width"], record["height"])
-            yield pred, record["boxes"], record["ignore"]
-
-    pairs = list(zip(records, predictions))
-    figures = detection_figures(list(beside_truth(pairs)))
-    if all("text" in p for p in predictions):
-        figures["format_rate"] = np.mean([format_reward(p["text"]) for p in predictions])
-    if all("look_reward" in p for p in predictions):
-        figures["look_reward"] = np.mean([p["look_reward"] for p in predictions])
+    figures = task_figures(records, predictions)
+    pairs = zip(records, predictions)
     samples = [(record, sample) for record, p in pairs for sample in p.get("samples", [])]
-    if samples:
-        tp, n_pred, n_truth = np.sum([count_matches(*image) for image in beside_truth(samples)], axis=0)
+    looks = bool(samples) and all(record["method"] == "dip-r1" for record in records)
+    if samples and all(record["task"] == "detection" for record in records):
+        counts = [count_matches(*beside_truth(*pair)) for pair in samples]
+        tp, n_pred, n_truth = np.sum(counts, axis=0)
         figures["sampled_f1"] = ratio(2 * tp, n_pred + n_truth)
-    if samples and all("look_reward" in sample for _, sample in samples):
-        figures["sampled_look_reward"] = np.mean([sample["look_reward"] for _, sample in samples])
+    for prefix, entries in (("", predictions), ("sampled_", [sample for _, sample in samples])):
+        if entries and all("rewards" in entry for entry in entries):
+            rewards = np.array([entry["rewards"] for entry in entries])
+            figures[f"{prefix}format_rate"] = (rewards[:, 0] > 0).mean()
+            if looks:
+                figures[f"{prefix}look_reward"] = rewards[:, 1].mean()
+            figures[f"{prefix}accuracy_reward"] = rewards[:, 2].mean()
     return {name: float(value) for name, value in figures.items()}
 
 
-def answers(prompt, texts, looks):
-    """Completions of a prompt as predictions.jsonl keeps them, boxes in pixels of the original image; an
-    answer that does not parse has none."""
-    size = prompt.record["width"], prompt.record["height"]
-    for text, look in zip(texts, looks):
-        answer = parse_response(text).answer
-        boxes = clip_boxes([] if answer is None else answer, prompt.width, prompt.height)
-        boxes = to_image_space(boxes, size, prompt.grid).round(2).tolist()
-        yield {"text": text, "boxes": boxes, "look_reward": look}
+def answers(prompt, texts, rewards):
+    """Completions of a prompt as predictions.jsonl keeps them, with their rewards; boxes and points in pixels
+    of the original image. An answer that does not parse is empty."""
+    record, name = prompt.record, TRUTH[prompt.record["task"]]
+    for text, reward in zip(texts, rewards):
+        answer = read_answer(text, record)
+        if name == "boxes":
+            answer = clip_boxes([] if answer is None else answer, prompt.width, prompt.height)
+        if name != "transcript":
+            size = record["width"], record["height"]
+            answer = [] if answer is None else to_image_space(answer, size, prompt.grid).round(2).tolist()
+        yield {"text": text, name: "" if answer is None else answer, "rewards": reward}
 
 
 @torch.no_grad()
@@ -1550,24 +1781,20 @@ def predict(policy, encoder, records, cfg, folder):
     for chunk in progress(chunks, "evaluating", len(chunks)):
         prompts = [encoder.prompt(index, record) for index, record in chunk]
         keep_features(policy, prompts)
-        best = rollout(policy, encoder, prompts, cfg.max_new_tokens)
-        texts = [one.texts for one in best]
+        groups = rollout(policy, encoder, prompts, cfg.max_new_tokens)
         if cfg.samples:
             uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
-            groups = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms)
-            texts = [one.texts + group.texts for one, group in zip(best, groups)]
-        for prompt, (greedy, *sampled) in zip(prompts, texts):
-            responses = [parse_response(text) for text in (greedy, *sampled)]
-            looks = [look_rewards(responses, prompt.width, prompt.height)[0],
-                     *look_rewards(responses[1:], prompt.width, prompt.height)]
-            first, *rest = answers(prompt, [greedy, *sampled], looks)
-            first = {name: prompt.record[name] for name in ("image", "target")} | first | {"samples": rest}
-            if not cfg.samples:  # and so nobody to disagree with
-                del first["look_reward"]
-            predictions[prompt.index] = first
+            sampled = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms)
+            for group, siblings in zip(groups, sampled):
+                group.texts += siblings.texts
+        for group in groups:
+            prompt, siblings = group.prompt, Group(group.prompt, [], texts=group.texts[1:])
+            rewards = [group_rewards(g, cfg.recall_weight).tolist() for g in (group, siblings)]
+            first, *rest = answers(prompt, group.texts, rewards[0][:1] + rewards[1])
+            about = {name: prompt.record[name] for name in ("image", "target", "task")}
+            predictions[prompt.index] = about | first | {"samples": rest}
             if prompt.index < cfg.pictures:
-                name = f"{prompt.index:06d}.png"
-                draw_picture(Group(prompt, [], texts=[greedy, *sampled]), Path(folder) / "pictures" / name)
+                draw_picture(group, Path(folder) / "pictures" / f"{prompt.index:06d}.png")
     return gather(predictions)
 
 
@@ -1592,23 +1819,29 @@ def evaluate(policy, encoder, records, cfg, folder):
 def load_predictions(path, records):
     """predictions.jsonl, ours or another tool's (`image` and `boxes` suffice), in the order of the records.
     A record that has no prediction counts as answered by nothing, with a warning."""
-    line_of = {(record["image"], record["target"]): number for number, record in enumerate(records)}
+    line_of = {tuple(record[name] for name in ("image", "target", "task")): i for i, record in enumerate(records)}
     predictions = {}
 
     def check(entry):
-        key = entry["image"], entry.get("target", "person")
+        key = entry["image"], entry.get("target", "person"), entry.get("task", "detection")
         if key not in line_of or line_of[key] in predictions:
             raise ValueError(f"{key} " + ("comes twice" if key in line_of else "is not in the data"))
+        name = TRUTH[records[line_of[key]]["task"]]
         for answer in (entry, *entry.get("samples", [])):
-            if not np.isfinite(np.array(answer["boxes"], float).reshape(-1, 4)).all():
-                raise ValueError("boxes must be finite")
+            if name == "transcript":
+                answer[name].split()  # a string
+            else:
+                answer[name] = np.array(answer[name], float).reshape(-1, 4 if name == "boxes" else 2)
+                if not np.isfinite(answer[name]).all():
+                    raise ValueError(f"{name} must be finite")
         predictions[line_of[key]] = entry
 
     read_jsonl(path, check)
     missing = len(records) - len(predictions)
     if missing:
         print0(f"{path}: no prediction for {missing} of {len(records)} images: they count as empty answers")
-    return [predictions.get(number, {"boxes": []}) for number in range(len(records))]
+    nothing = {"boxes": [], "points": [], "transcript": ""}
+    return [predictions.get(number, nothing) for number in range(len(records))]
 
 
 def print_table(columns):
@@ -1727,7 +1960,7 @@ def train(cfg):
         cfg.resume = cfg.resume or "newest"
     if (Path(cfg.output_dir) / "metrics.jsonl").exists() and not cfg.resume:
         raise SystemExit(f"{cfg.output_dir} holds a run already: --resume it, or choose another --output_dir")
-    records = load_records(cfg.data)
+    records = load_records(cfg.data, cfg.method)
     folder, step = find_checkpoint(cfg) if cfg.resume else (None, 0)
     barrier()  # nobody writes before all have looked
     policy, encoder = setup(replace(cfg, model=str(folder)) if folder else cfg)
@@ -1740,7 +1973,7 @@ def train(cfg):
 
 def run_evaluation(cfg):
     """`--eval`, or `--predictions FILE` of any tool: print the table and write eval.json."""
-    records, source = load_records(cfg.data), cfg.predictions or cfg.model
+    records, source = load_records(cfg.data, cfg.method), cfg.predictions or cfg.model
     if cfg.predictions:
         predictions = load_predictions(cfg.predictions, records)
         figures = score(records[: cfg.limit or None], predictions[: cfg.limit or None])
@@ -1753,30 +1986,84 @@ def run_evaluation(cfg):
         write_text(Path(cfg.output_dir) / "eval.json", json.dumps(about | figures, indent=2))
 
 
-def run_demo(cfg):
-    """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes before and after."""
+NAMES = {"dip-r1": "DIP-R1", "perception-r1": "Perception-R1"}
+
+
+def prepare_demo(cfg, questions):
+    """Draw the scenes and make the tiny model, once for all ranks -> (policy, encoder)."""
     import data_prep
 
-    started, folder = float(os.environ.get("DEMO_STARTED", time.time())), Path(cfg.output_dir)
-    join_processes()
+    folder = Path(cfg.output_dir)
     if rank_and_world()[0] == 0:
-        data_prep.synthetic(folder / "scenes", DEMO_SCENES + DEMO_HELD_OUT, cfg.seed, val=DEMO_HELD_OUT)
-        data_prep.tiny(folder / "tiny", cfg.seed)
+        count = DEMO_SCENES + DEMO_HELD_OUT
+        data_prep.synthetic(folder / "scenes", count, cfg.seed, val=DEMO_HELD_OUT, task=cfg.task)
+        data_prep.tiny(folder / "tiny", cfg.seed, questions=questions)
     barrier()
-    cfg.model, cfg.data = str(folder / "tiny"), str(folder / "scenes" / "train.jsonl")
-    records, held_out = load_records(cfg.data), load_records(folder / "scenes" / "val.jsonl")
-    policy, encoder = setup(cfg)
-    policy, log = parallel(policy), Log(folder)
+    policy, encoder = setup(replace(cfg, model=str(folder / "tiny")))
+    return parallel(policy), encoder
+
+
+def demo_records(cfg):
+    """-> (training, held-out) records of the demo's scenes, asked as the method asks."""
+    folder = Path(cfg.output_dir) / "scenes"
+    return [load_records(folder / f"{name}.jsonl", cfg.method) for name in ("train", "val")]
+
+
+def run_demo(cfg):
+    """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes before and after."""
+    started, folder = float(os.environ.get("DEMO_STARTED", time.time())), Path(cfg.output_dir)
+    asked = QUESTION if cfg.method == "dip-r1" else PERCEPTION_QUESTIONS[cfg.task]
+    policy, encoder = prepare_demo(cfg, [asked])
+    (records, held_out), log = demo_records(cfg), Log(folder)
+    cfg.data = str(folder / "scenes" / "train.jsonl")
     train_sft(policy, encoder, records, cfg, log)
     sft = evaluate(policy, encoder, held_out, cfg, folder / "sft")
     train_grpo(policy, encoder, records, cfg, log)
-    after = evaluate(policy, encoder, held_out, cfg, folder / "dipr1")
-    print_table({"SFT": sft, "DIP-R1": after})
+    after = evaluate(policy, encoder, held_out, cfg, folder / cfg.method)
+    print_table({"SFT": sft, NAMES[cfg.method]: after})
     seconds = round(time.time() - started)
-    summary = {"seed": cfg.seed, "seconds": seconds, "sft": sft, "dipr1": after}
+    summary = {"seed": cfg.seed, "seconds": seconds, "sft": sft, cfg.method: after}
     if rank_and_world()[0] == 0:
         write_text(folder / "summary.json", json.dumps(summary, indent=2))
     print0(f"\n{seconds} s. Written: {folder}/summary.json, metrics.jsonl and pictures/")
+
+
+def compare_once(cfg):
+    """One seed of `--compare` -> {what was trained: its figures on the held-out scenes}.
+
+    The warm-up writes each scene in both templates, so that all start from the same weights. From there each
+    takes the same steps of as many completions, cut at the same length.
+    """
+    folder, looking, answering = Path(cfg.output_dir), replace(cfg), replace(cfg, method="perception-r1")
+    cfg.data = str(folder / "scenes" / "train.jsonl")
+    policy, encoder = prepare_demo(cfg, [QUESTION, PERCEPTION_QUESTIONS["detection"]])
+    both = demo_records(looking)[0] + demo_records(answering)[0]
+    train_sft(policy, encoder, both, cfg, Log(folder / "sft"))
+    start, figures = copy.deepcopy(unwrap(policy).state_dict()), {}
+    ways = {"SFT": looking, "SFT, answer alone": answering, "Perception-R1": answering,
+            "DIP-R1 without look": replace(looking, look_weight=0.0), "DIP-R1": looking}
+    for name, way in ways.items():
+        records, held_out = demo_records(way)
+        if not name.startswith("SFT"):
+            unwrap(policy).load_state_dict(start)
+            train_grpo(policy, encoder, records, way, Log(folder / name))
+        figures[name] = evaluate(policy, encoder, held_out, way, folder / name)
+    return figures
+
+
+def run_comparison(cfg):
+    """`--demo --compare N`: Perception-R1 and DIP-R1 from one warm-up, on seeds 0 .. N-1; prints the mean and
+    the standard deviation over the seeds, and writes them to compare.json."""
+    folder, runs = Path(cfg.output_dir), []
+    for seed in range(cfg.compare):
+        runs.append(compare_once(replace(cfg, seed=seed, output_dir=str(folder / f"seed-{seed}"))))
+        if rank_and_world()[0] == 0:
+            write_text(folder / "compare.json", json.dumps(runs, indent=2))
+    for figure in runs[0]["Perception-R1"]:
+        print0(f"\n{figure}")
+        for name in runs[0]:
+            values = [run[name][figure] for run in runs]
+            print0(f"    {name:<24}{np.mean(values):>8.3f} +- {np.std(values):.3f}")
 
 
 def start_twice(argv):
@@ -1801,7 +2088,10 @@ def main(argv=None):
     if cfg.demo and "RANK" not in os.environ and not torch.cuda.is_available() and os.cpu_count() > 1:
         start_twice(argv)
     evaluates = cfg.eval or cfg.predictions
-    (run_demo if cfg.demo else run_evaluation if evaluates else train)(cfg)
+    if cfg.task != "detection" and not (cfg.demo and cfg.method == "perception-r1"):
+        raise SystemExit("--task is for --demo --method perception-r1: a line of the data names its own")
+    run = run_comparison if cfg.compare else run_demo
+    (run if cfg.demo else run_evaluation if evaluates else train)(cfg)
     if dist.is_initialized():
         dist.destroy_process_group()
 
