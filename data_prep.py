@@ -7,6 +7,9 @@
     python data_prep.py widerpedestrian WIDER --split train --out data/wider.jsonl
     python data_prep.py uavdt UAVDT --split train --stride 10 --out data/uavdt.jsonl
     python data_prep.py coco COCO --split train --category person --out data/coco.jsonl
+    python data_prep.py refcoco REFCOCO --split train --out data/refcoco.jsonl     for Perception-R1: a phrase
+    python data_prep.py pixmo_count FILE.jsonl --out data/count.jsonl              a point on each
+    python data_prep.py ocr FILE.json --out data/ocr.jsonl                         a page
 
 One line of the JSONL is one image, in pixels of the original image, boxes as x1, y1, x2, y2:
 
@@ -14,7 +17,8 @@ One line of the JSONL is one image, in pixels of the original image, boxes as x1
      "boxes": [[x1, y1, x2, y2], ...], "ignore": [...]}
 
 `ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to
-annotate). Such files may be concatenated if they lie in one folder: each line has its own target.
+annotate). Such files may be concatenated if they lie in one folder: each line has its own target. Other tasks
+than detection are named: "task" "grounding" has one box, "counting" has "points", "ocr" a "transcript".
 """
 import argparse
 import colorsys
@@ -25,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import sys
@@ -552,6 +557,70 @@ def coco(root, split, category="person", annotations=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Perception-R1's other tasks: a function a source, each yields (image path, what its line says beside that)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, strings and numbers only: a pickle that names a class or function could run any code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and plain data needs no class")
+
+
+def refcoco(root, split, refs=None):
+    """RefCOCO, RefCOCO+, RefCOCOg: `refs(*).p`, `instances.json`, COCO's images below. A phrase is a line."""
+    candidates = sorted(Path(root).glob(refs or "refs(*).p"))
+    if len(candidates) != 1:
+        found = ", ".join(path.name for path in candidates) or "none"
+        raise SystemExit(f"{root}: one file refs(*).p is needed, found {found}; --refs names it")
+    path, instances = candidates[0], find(root, "instances.json")
+    try:
+        with open(path, "rb") as file:
+            entries = PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a broken pickle can raise anything
+        raise SystemExit(f"{path}: {type(error).__name__}: {error}") from None
+    with reading(instances):
+        data = json.loads(instances.read_text(encoding="utf-8"))
+        names = {entry["id"]: str(entry["file_name"]) for entry in data["images"]}
+        boxes = {entry["id"]: corners(*entry["bbox"]) for entry in data["annotations"]}
+    images = images_by_name(root, "train")  # all of RefCOCO's are from COCO's train2014
+    for number, entry in enumerate(entries, 1):
+        with reading(path, f"reference {number}"):
+            wanted, image, box = entry["split"] == split, names[entry["image_id"]], boxes[entry["ann_id"]]
+            phrases = [str(sentence["sent"]) for sentence in entry["sentences"]]
+        for phrase in phrases if wanted else ():
+            yield locate(image, images, root), {"task": "grounding", "target": phrase, "boxes": [box]}
+
+
+def pixmo_count(root):
+    """PixMo-Count exported as JSONL, {"image": path, "points": [{"x": .., "y": ..}], "count": n, "label": ..}
+    a line, points in pixels. (PixMo-Points, a sister of it, is in percent of the image: scale it first.)"""
+    path = find(Path(root).parent, Path(root).name)
+    for number, line in numbered_lines(path):
+        with reading(path, f"line {number}"):
+            entry = json.loads(line)
+            points = [[float(point["x"]), float(point["y"])] for point in entry["points"]]
+            if len(points) != entry["count"]:
+                raise ValueError(f"count is {entry['count']}, but there are {len(points)} points")
+            asked = {"task": "counting", "target": str(entry["label"]), "points": points}
+            image = path.parent / entry["image"]
+        yield image, asked
+
+
+def ocr(root):
+    """`[{"image": path, "conversations": [{"from": "human", ..}, {"from": "gpt", "value": the text}]}]`."""
+    path = find(Path(root).parent, Path(root).name)
+    with reading(path):
+        entries = list(json.loads(path.read_text(encoding="utf-8")))
+    for number, entry in enumerate(entries, 1):
+        with reading(path, f"entry {number}"):
+            (text,) = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
+            image = path.parent / entry["image"]
+            asked = {"task": "ocr", "target": "text", "transcript": str(text)}
+        yield image, asked
+
+
+# ------------------------------------------------------------------------------------------------------------
 # From annotations to the JSONL
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # by Pillow, of broken files
@@ -568,7 +637,7 @@ def image_size(path, verify=True):
 
 
 def measure(annotation, verify):
-    """(image, boxes, ignore) -> the same, the image's size (None: unreadable) and the reason."""
+    """(image, ...) -> the same, the image's size (None: unreadable) and the reason."""
     try:
         return *annotation, image_size(annotation[0], verify), ""
     except UNREADABLE as error:
@@ -598,6 +667,22 @@ def clip_to_image(boxes, width, height):
     return clipped[(clipped[:, 2:] > clipped[:, :2]).all(axis=1)].round(2).tolist()
 
 
+def readable(annotations, out, verify, changed):
+    """(image, ...) -> (the start of its record, ...); an image that cannot be read is named and counted."""
+    for image, *rest, size, reason in tqdm(measured(annotations, verify), "converting", unit=" images"):
+        if size is None:
+            tqdm.write(f"left out: {image}: {reason}", file=sys.stderr)
+            changed["images left out: missing or unreadable"] += 1
+            continue
+        yield {"image": os.path.relpath(image, out.parent), "width": size[0], "height": size[1]}, *rest
+
+
+def nothing_converted(out, changed):
+    """The error, with its reasons."""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in changed.items())
+    return SystemExit(f"nothing converted, {out} not written: {reasons or 'no image is annotated'}")
+
+
 def convert(annotations, out, target, max_boxes=60, min_size=0, verify=True):
     """Annotated images -> the JSONL `out`, images referenced and not copied; prints what became of each.
 
@@ -606,28 +691,43 @@ def convert(annotations, out, target, max_boxes=60, min_size=0, verify=True):
     """
     out, written, changed, histogram = Path(out), Counter(), Counter(), Counter()
     with written_whole(out) as file:
-        bar = tqdm(measured(annotations, verify), "converting", unit=" images")
-        for image, boxes, ignore, size, reason in bar:
-            if size is None:
-                tqdm.write(f"left out: {image}: {reason}", file=sys.stderr)
-                changed["images left out: missing or unreadable"] += 1
-                continue
+        for about, boxes, ignore in readable(annotations, out, verify, changed):
+            size = about["width"], about["height"]
             inside, ignore = clip_to_image(boxes, *size), clip_to_image(ignore, *size)
             large = [box for box in inside if max(box[2] - box[0], box[3] - box[1]) >= min_size]
             ignore += [box for box in inside if box not in large]
             if len(large) > max_boxes:
                 changed[f"images left out: more than {max_boxes} boxes"] += 1
                 continue
-            about = {"image": os.path.relpath(image, out.parent), "width": size[0], "height": size[1]}
             file.write(json.dumps(about | {"target": target, "boxes": large, "ignore": ignore}) + "\n")
             histogram[len(large)] += 1
             written.update({"images": 1, "boxes": len(large), "ignore regions": len(ignore)})
             changed["boxes left out: no area inside the image"] += len(boxes) - len(inside)
             changed[f"boxes under {min_size:g} pixels made ignore regions"] += len(inside) - len(large)
         if not written:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in changed.items())
-            raise SystemExit(f"nothing converted, {out} not written: {reasons or 'no image is annotated'}")
+            raise nothing_converted(out, changed)
     report(out, written, changed, histogram)
+
+
+def convert_asked(annotations, out, verify=True):
+    """Images with what is asked of each -> the JSONL `out`, a question a line; prints what became of each."""
+    out, written, changed = Path(out), Counter(), Counter()
+    with written_whole(out) as file:
+        for about, asked in readable(annotations, out, verify, changed):
+            size = about["width"], about["height"]
+            if "boxes" in asked:
+                asked["boxes"] = clip_to_image(asked["boxes"], *size)
+            outside = any(not (0 <= x <= size[0] and 0 <= y <= size[1]) for x, y in asked.get("points", []))
+            if outside or asked.get("boxes") == []:
+                changed["questions left out: the truth is outside the image"] += 1
+                continue
+            file.write(json.dumps(about | asked) + "\n")
+            written.update({"questions": 1, "points": len(asked.get("points", []))})
+        if not written:
+            raise nothing_converted(out, changed)
+    print(out)
+    for name, number in (+written | +changed).items():
+        print(f"{number:>10,}  {name}")
 
 
 def report(out, written, changed, histogram):
@@ -646,7 +746,7 @@ def report(out, written, changed, histogram):
 
 
 def draw_records(out, number, seed):
-    """Pictures to look at, of records drawn at random: boxes orange, ignore regions grey."""
+    """Pictures to look at, of records drawn at random: boxes and points orange, ignore regions grey."""
     out = Path(out)
     with open(out, encoding="utf-8") as lines:
         records = sample(map(json.loads, lines), number, seed)
@@ -654,7 +754,9 @@ def draw_records(out, number, seed):
         with Image.open(out.parent / record["image"]) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
         pen, line = ImageDraw.Draw(picture), max(1, picture.width // 300)
-        for boxes, color in ((record["ignore"], (150, 150, 150)), (record["boxes"], (255, 140, 0))):
+        dots = [[x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line] for x, y in record.get("points", [])]
+        boxes = record.get("boxes", []) + dots
+        for boxes, color in ((record.get("ignore", []), (150, 150, 150)), (boxes, (255, 140, 0))):
             for box in boxes:
                 pen.rectangle(box, outline=color, width=line)
         path = out.with_name(f"{out.stem}-{number}.png")
@@ -679,22 +781,37 @@ SOURCES = {  # name: (reader, splits, what the question asks for, what is looked
 }
 
 
-def add_source(commands, name):
-    """The subcommand of a real data set, with the options that all of them share."""
-    _, splits, target, layout = SOURCES[name]
-    parser = commands.add_parser(name, help=layout, description=f"Looks below the root for {layout}.")
+ASKED = {  # Perception-R1's other tasks, name: (reader, splits, what is read)
+    "refcoco": (refcoco, ["train", "val", "test", "testA", "testB"],
+                "a folder with refs(*).p and instances.json, COCO's images below"),
+    "pixmo_count": (pixmo_count, [], "a JSONL with image, points in pixels, count and label"),
+    "ocr": (ocr, [], "a JSON list with image and conversations"),
+}
+
+
+def add_parser(commands, name, splits, layout):
+    """A subcommand with the options that all sources share -> the function that adds more."""
+    parser = commands.add_parser(name, help=layout, description=f"Reads {layout}.")
     option = parser.add_argument
-    option("root", help="the data set's folder")
-    option("--split", choices=splits, required=True)
+    option("root", help="the data set's folder, or file")
+    if splits:
+        option("--split", choices=splits, required=True)
     option("--out", required=True, help="the JSONL to write")
-    option("--target", default=target, help=f"what to ask for (default {target or 'the category'})")
-    option("--max_boxes", type=int, default=60, help="drop images with more, never single boxes (default 60)")
-    option("--min_size", type=float, default=0, metavar="PIXELS",
-           help="boxes whose longer side is shorter become ignore regions (default 0: none)")
     option("--limit", type=int, metavar="N", help="convert N images only, drawn at random (default: all)")
     option("--seed", type=int, default=0, help="of what --limit and --draw pick (default 0)")
     option("--draw", type=int, default=0, metavar="N", help="draw N images with their boxes (default 0)")
     option("--no_verify", action="store_true", help="trust that images decode: read their headers only")
+    return option
+
+
+def add_source(commands, name):
+    """The subcommand of a data set of detection, with the options that those share."""
+    _, splits, target, layout = SOURCES[name]
+    option = add_parser(commands, name, splits, layout)
+    option("--target", default=target, help=f"what to ask for (default {target or 'the category'})")
+    option("--max_boxes", type=int, default=60, help="drop images with more, never single boxes (default 60)")
+    option("--min_size", type=float, default=0, metavar="PIXELS",
+           help="boxes whose longer side is shorter become ignore regions (default 0: none)")
     if name == "uavdt":
         option("--stride", type=int, default=1, help="take every so many-th frame (default 1)")
     if name == "coco":
@@ -704,13 +821,16 @@ def add_source(commands, name):
 
 def run_source(args):
     """One data set, as its subcommand says."""
-    reader, _, _, _ = SOURCES[args.command]
-    special = {name: getattr(args, name) for name in ("stride", "category", "annotations") if name in args}
-    annotations = reader(args.root, args.split, **special)
+    reader = (SOURCES | ASKED)[args.command][0]
+    given = ("split", "stride", "category", "annotations", "refs")
+    annotations = reader(args.root, **{name: getattr(args, name) for name in given if name in args})
     if args.limit:
         annotations = iter(sample(annotations, args.limit, args.seed))
-    target = args.target or args.category
-    convert(annotations, args.out, target, args.max_boxes, args.min_size, not args.no_verify)
+    if args.command in ASKED:
+        convert_asked(annotations, args.out, not args.no_verify)
+    else:
+        target = args.target or args.category
+        convert(annotations, args.out, target, args.max_boxes, args.min_size, not args.no_verify)
     draw_records(args.out, args.draw, args.seed)
 
 
@@ -735,6 +855,10 @@ def main(argv=None):
 
     for name in SOURCES:
         add_source(commands, name)
+    for name, (_, splits, layout) in ASKED.items():
+        option = add_parser(commands, name, splits, layout)
+        if name == "refcoco":
+            option("--refs", metavar="NAME", help="which refs file, if there are several, as 'refs(umd).p'")
 
     args = parser.parse_args(argv)
     if args.command == "synthetic":

@@ -1569,7 +1569,7 @@ def draw_boxes(image, boxes, scale, color, line):
 
 
 def as_marks(answer):
-    """An answer as boxes to draw: those it has, or small ones around its points; None where it has neither."""
+    """An answer as boxes to draw: those it has, or small ones around its points; None if it has neither."""
     if not isinstance(answer, np.ndarray):
         return None
     return answer if answer.shape[1] == 4 else np.hstack([answer - 2, answer + 2])
@@ -1819,7 +1819,8 @@ def evaluate(policy, encoder, records, cfg, folder):
 def load_predictions(path, records):
     """predictions.jsonl, ours or another tool's (`image` and `boxes` suffice), in the order of the records.
     A record that has no prediction counts as answered by nothing, with a warning."""
-    line_of = {tuple(record[name] for name in ("image", "target", "task")): i for i, record in enumerate(records)}
+    keys = [(record["image"], record["target"], record["task"]) for record in records]
+    line_of = {key: number for number, key in enumerate(keys)}
     predictions = {}
 
     def check(entry):
@@ -2034,8 +2035,9 @@ def compare_once(cfg):
     The warm-up writes each scene in both templates, so that all start from the same weights. From there each
     takes the same steps of as many completions, cut at the same length.
     """
-    folder, looking, answering = Path(cfg.output_dir), replace(cfg), replace(cfg, method="perception-r1")
-    cfg.data = str(folder / "scenes" / "train.jsonl")
+    folder = Path(cfg.output_dir)
+    looking = replace(cfg, method="dip-r1", data=str(folder / "scenes" / "train.jsonl"))
+    answering = replace(looking, method="perception-r1")
     policy, encoder = prepare_demo(cfg, [QUESTION, PERCEPTION_QUESTIONS["detection"]])
     both = demo_records(looking)[0] + demo_records(answering)[0]
     train_sft(policy, encoder, both, cfg, Log(folder / "sft"))
@@ -2085,11 +2087,12 @@ def main(argv=None):
         parser.set_defaults(**DEMO)
     (cfg,) = parser.parse_args_into_dataclasses(argv)
     logging.disable_progress_bar()
+    other_task = cfg.task != "detection" and not (cfg.demo and cfg.method == "perception-r1")
+    if other_task or cfg.compare and not cfg.demo:
+        raise SystemExit("--task goes with --demo --method perception-r1, and --compare with --demo")
     if cfg.demo and "RANK" not in os.environ and not torch.cuda.is_available() and os.cpu_count() > 1:
         start_twice(argv)
     evaluates = cfg.eval or cfg.predictions
-    if cfg.task != "detection" and not (cfg.demo and cfg.method == "perception-r1"):
-        raise SystemExit("--task is for --demo --method perception-r1: a line of the data names its own")
     run = run_comparison if cfg.compare else run_demo
     (run if cfg.demo else run_evaluation if evaluates else train)(cfg)
     if dist.is_initialized():

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -1563,7 +1564,7 @@ def test_the_demo_end_to_end_in_small(tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "summary.json").read_text())
     names = {"precision", "recall", "f1", "jaccard", "format_rate", "look_reward", "boxes_per_image",
              "truth_boxes_per_image", "sampled_f1", "sampled_look_reward"}
-    assert summary["seed"] == 3 and summary["seconds"] > 0 and names <= set(summary["sft"]) == set(summary["dipr1"])
+    assert summary["seed"] == 3 and summary["seconds"] > 0 and names <= set(summary["sft"]) == set(summary["dip-r1"])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3 and list((tmp_path / "pictures").iterdir())
 
 
@@ -2060,6 +2061,79 @@ def test_coco_takes_one_category_and_crowds_are_ignore_regions(tmp_path):
     make_pictures([tmp_path / "co/more/a.jpg"])
     with pytest.raises(SystemExit, match="a.jpg could be"):
         convert("coco", tmp_path / "co")
+
+
+def asked(source, root, out, *flags):
+    """What data_prep.py makes of one of Perception-R1's sources, as dipr1.py reads it."""
+    data_prep.main([source, str(root), "--out", str(out), *flags])
+    return dipr1.load_records(out, "perception-r1")
+
+
+def refcoco_layout(root, refs, name="refs(unc).p"):
+    make_pictures([root / "train2014/COCO_train2014_000000000007.jpg"])
+    write(root / "instances.json", json.dumps({
+        "images": [{"id": 7, "file_name": "COCO_train2014_000000000007.jpg"}],
+        "annotations": [{"id": 1, "bbox": [10, 20, 30, 40]}, {"id": 2, "bbox": [200, 0, 9, 9]}]}))
+    (root / name).write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def reference(ann, split, *phrases):
+    return {"ann_id": ann, "image_id": 7, "split": split, "sentences": [{"sent": phrase} for phrase in phrases]}
+
+
+def test_refcoco_gives_a_line_for_each_phrase(tmp_path, capsys):
+    refcoco_layout(tmp_path, [reference(1, "train", "the left one", "red shirt"), reference(1, "testA", "other"),
+                              reference(2, "train", "beyond the image")])
+    a, b = asked("refcoco", tmp_path, tmp_path / "out.jsonl", "--split", "train", "--draw", "1")
+    assert [a["target"], b["target"]] == ["the left one", "red shirt"] and a["task"] == "grounding"
+    assert a["boxes"].tolist() == [[10, 20, 40, 60]] and (a["width"], a["height"]) == (100, 80)
+    assert "1  questions left out: the truth is outside the image" in capsys.readouterr().out
+    (tmp_path / "refs(google).p").write_bytes(b"")
+    with pytest.raises(SystemExit, match="found refs.google..p, refs.unc..p; --refs names it"):
+        asked("refcoco", tmp_path, tmp_path / "out.jsonl", "--split", "train")
+    assert len(asked("refcoco", tmp_path, tmp_path / "out.jsonl", "--split", "testA", "--refs", "refs(unc).p")) == 1
+
+
+class Rude:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_pickle_that_names_a_class_is_refused_and_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rude in (Rude(), [Path("x")], np.zeros(2)):
+        refcoco_layout(tmp_path, rude)
+        with pytest.raises(SystemExit, match=r"refs.unc..p: UnpicklingError: it names"):
+            asked("refcoco", tmp_path, tmp_path / "out.jsonl", "--split", "train")
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([reference(1, "train", "x")])[:-9])
+    with pytest.raises(SystemExit, match=r"refs.unc..p: "):
+        asked("refcoco", tmp_path, tmp_path / "out.jsonl", "--split", "train")
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "out.jsonl").exists()
+
+
+def test_pixmo_count_and_ocr_convert(tmp_path, capsys):
+    make_pictures([tmp_path / "a.jpg"])
+    points = [{"x": 10, "y": 20.5}, {"x": 99, "y": 79}]
+    lines = [{"image": "a.jpg", "points": points, "count": 2, "label": "bird"},
+             {"image": "a.jpg", "points": [], "count": 0, "label": "cat"},
+             {"image": "a.jpg", "points": [{"x": 200, "y": 1}], "count": 1, "label": "dog"},
+             {"image": "gone.jpg", "points": [], "count": 0, "label": "cat"}]
+    write(tmp_path / "count.jsonl", "\n".join(map(json.dumps, lines)))
+    birds, cats = asked("pixmo_count", tmp_path / "count.jsonl", tmp_path / "c.jsonl", "--draw", "2")
+    assert birds["points"].tolist() == [[10, 20.5], [99, 79]] and birds["target"] == "bird" and len(cats["points"]) == 0
+    said = capsys.readouterr().out
+    assert "1  questions left out: the truth" in said and "1  images left out: missing" in said
+    write(tmp_path / "count.jsonl", json.dumps(lines[0] | {"count": 3}))
+    with pytest.raises(SystemExit, match="count.jsonl, line 1: ValueError: count is 3, but there are 2 points"):
+        asked("pixmo_count", tmp_path / "count.jsonl", tmp_path / "c.jsonl")
+
+    turns = [{"from": "human", "value": "<image> Read."}, {"from": "gpt", "value": "Two\nlines"}]
+    write(tmp_path / "pages.json", json.dumps([{"image": "a.jpg", "conversations": turns}]))
+    (page,) = asked("ocr", tmp_path / "pages.json", tmp_path / "o.jsonl")
+    assert page["transcript"] == "Two\nlines" and page["task"] == "ocr"
+    write(tmp_path / "pages.json", json.dumps([{"image": "a.jpg", "conversations": turns[:1]}]))
+    with pytest.raises(SystemExit, match="pages.json, entry 1: ValueError"):
+        asked("ocr", tmp_path / "pages.json", tmp_path / "o.jsonl")
 
 
 def test_converting_takes_the_same_memory_however_long_the_file(tmp_path):
