@@ -890,7 +890,7 @@ def prefill(policy, prompts, copies, room):
 
 def linear_of_few(x, weight, bias=None):
     """x W^T + b for a few rows (B, D): as (W x^T)^T, which a CPU computes in half the time."""
-    out = (weight @ x.T).T.contiguous()
+    out = (weight @ x.T).T
     return out if bias is None else out + bias
 
 
@@ -922,7 +922,7 @@ def decode_step(policy, cache):
             keys.index_copy_(2, column, rotate(k, *angles)[:, :, None])
             values.index_copy_(2, column, v[:, :, None])
             q = rotate(q, *angles).unflatten(1, (keys.shape[1], -1))  # heads that share keys: a longer query
-            o = scaled_dot_product_attention(q, keys, values, visible)
+            o = scaled_dot_product_attention(q.contiguous(), keys, values, visible)
             x = x + project(attention.o_proj, o.flatten(1))
             h = layer.post_attention_layernorm(x)
             x = x + project(mlp.down_proj, mlp.act_fn(project(mlp.gate_proj, h)) * project(mlp.up_proj, h))
@@ -1581,7 +1581,8 @@ def draw_picture(group, path, height=448):
     prompt, look = group.prompt, parse_response(group.texts[0]).look
     answers = [read_answer(text, prompt.record) for text in group.texts]
     reads = prompt.record["task"] == "ocr"
-    caption = f"reads {answers[0]!r}" if reads else "truth white, answer orange, look green"
+    colors = "truth white, answer orange, look green"
+    caption = f"reads {answers[0]!r}" if reads else f"{prompt.record['target']}: {colors}"
     first, *others = map(as_marks, answers)
     scale = height / prompt.height
     size = (round(prompt.width * scale), height)
@@ -1847,9 +1848,9 @@ def load_predictions(path, records):
 
 def print_table(columns):
     """Print {name: figures} side by side."""
-    print0(f"\n{'held-out images':<24}" + "".join(f"{name:>10}" for name in columns))
+    print0(f"\n{'held-out images':<26}" + "".join(f"{name:>15}" for name in columns))
     for figure in next(iter(columns.values())):
-        print0(f"{figure:<24}" + "".join(f"{values[figure]:>10.3f}" for values in columns.values()))
+        print0(f"{figure:<26}" + "".join(f"{values[figure]:>15.3f}" for values in columns.values()))
 
 
 def write_text(path, text):
