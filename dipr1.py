@@ -241,9 +241,12 @@ def read_answer(text, record):
     return parse_rows(answer, POINT if record["task"] == "counting" else BOX)
 
 
-def read_labels(text):
-    """The labels of Qwen's rows, in their order; None for one that has none."""
-    return [before or after or None for before, _, after in QWEN_ROW.findall(text)]
+def read_labels(text, n):
+    """The labels of the n boxes that a completion answers in Qwen's form, None where one is missing; all None
+    if some boxes are bare, for then nobody knows which label is whose."""
+    (answer,), _ = sections(text, ["answer"])
+    labels = [before or after or None for before, _, after in QWEN_ROW.findall(answer)]
+    return labels if len(labels) == n else [None] * n
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -456,8 +459,7 @@ def detection_reward(pred, truth, ignore=None, pred_labels=None, labels=None):
     """
     allowed = True
     if labels is not None:
-        named = [*(pred_labels or []), *[None] * len(pred)][: len(pred)]
-        allowed = np.array([[a == b for b in labels] for a in named], bool).reshape(len(pred), -1)
+        allowed = np.array(pred_labels, object)[:, None] == np.array(labels, object)
     pred_idx, _, ious = match_boxes(pred, truth, 0, allowed)
     count = max(len(pred) - excused(pred, pred_idx, ignore), len(truth))
     return float(ious.sum() / count) if count else 1.0
@@ -1260,7 +1262,7 @@ def perception_rewards(text, prompt):
     elif record["task"] == "grounding":
         answer = grounding_reward(clip_boxes(pred, prompt.width, prompt.height), prompt.truth)
     else:
-        labels = read_labels(text), record.get("labels")
+        labels = read_labels(text, len(pred)), record.get("labels")
         pred = clip_boxes(pred, prompt.width, prompt.height)
         answer = detection_reward(pred, prompt.truth, prompt.ignore, *labels)
     return (1.0 if sections(text, ["answer"])[1] else -1.0), answer

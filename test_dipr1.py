@@ -411,6 +411,11 @@ def test_labels_that_differ_pair_nobody():
     rows[0]["label"] = "cat"
     assert perceived("detection", json.dumps(rows), truth, labels=labels) == (1, 0.5)
     assert perceived("detection", str(truth), truth, labels=labels) == (1, 0)  # bare boxes name nothing
+    mixed = f'[{truth[0]}, {json.dumps(rows[1])}]'  # whose label is it?
+    assert perceived("detection", mixed, truth, labels=labels) == (1, 0)
+    assert perceived("detection", "[]", truth, labels=labels) == (1, 0) and perceived("detection", "[]", boxes(), labels=[]) == (1, 1)
+    outside = dipr1.perception_rewards(f"{rows}<answer>{json.dumps(rows[1:])}</answer>", prompt_of("detection", truth, labels=labels))
+    assert outside == (-1, 0.5)
     assert "label" in dipr1.question(prompt_of("detection", labels=labels).record)
 
 
