@@ -192,16 +192,17 @@ PHRASES = {  # of grounding: whoever of the boxes has the least of this
 }
 
 
-def draw_sign(rng, size):
-    """A street with a sign of two to four letters: (image, text)."""
+def draw_sign(rng, size, cell=28):
+    """A street with a sign of a few letters: (image, text). Each letter stands in one 28-pixel cell, which is
+    a visual token: a model this small does not learn in minutes to piece letters together."""
     scene, _ = draw_street(rng, size)
-    text = "".join(rng.choice(list(LETTERS), rng.integers(2, 5)))
-    font = ImageFont.load_default(int(0.24 * size))
-    left, top, right, bottom = font.getbbox(text)
-    x, y = int(rng.integers(3, size - right - 3)), int(rng.integers(3, size - bottom - 3))
-    pen = ImageDraw.Draw(scene)
-    pen.rectangle([x + left - 3, y + top - 3, x + right + 3, y + bottom + 3], fill=muted(rng, 225, 243))
-    pen.text((x, y), text, font=font, fill=vivid(rng, 0.1, 0.4))
+    cells = size // cell
+    text = "".join(rng.choice(list(LETTERS), rng.integers(1, cells + 1)))
+    x, y = cell * rng.integers(0, cells - len(text) + 1), cell * rng.integers(0, cells)
+    pen, font, color = ImageDraw.Draw(scene), ImageFont.load_default(0.9 * cell), vivid(rng, 0.1, 0.4)
+    pen.rectangle([x, y, x + cell * len(text) - 1, y + cell - 1], fill=muted(rng, 225, 243))
+    for number, letter in enumerate(text):
+        pen.text((x + cell * (number + 0.5), y + cell / 2), letter, font=font, fill=color, anchor="mm")
     return scene, text
 
 

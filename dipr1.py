@@ -1083,9 +1083,13 @@ def load_records(path, method="dip-r1"):
 
     def check(line):
         record = {"target": "person", "task": "detection", "method": method, "ignore": [], **line}
+        if record["method"] not in ("dip-r1", "perception-r1"):
+            raise ValueError(f"no method {record['method']!r}")
         if record["method"] == "dip-r1" and record["task"] != "detection":
             raise ValueError(f"the task {record['task']} needs --method perception-r1")
-        record[TRUTH[record["task"]]]  # must be there
+        truth = record[TRUTH[record["task"]]]
+        if isinstance(truth, str) != (record["task"] == "ocr"):
+            raise ValueError(f"its {TRUTH[record['task']]} cannot be {truth!r}")
         for name, k in (("boxes", 4), ("ignore", 4), ("points", 2)):
             record[name] = np.array(record.get(name, []), float).reshape(-1, k)
             if not np.isfinite(record[name]).all():
@@ -1822,15 +1826,15 @@ def evaluate(policy, encoder, records, cfg, folder):
 def load_predictions(path, records):
     """predictions.jsonl, ours or another tool's (`image` and `boxes` suffice), in the order of the records.
     A record that has no prediction counts as answered by nothing, with a warning."""
-    keys = [(record["image"], record["target"], record["task"]) for record in records]
-    line_of = {key: number for number, key in enumerate(keys)}
-    predictions = {}
+    places, predictions = {}, {}
+    for number, record in enumerate(records):
+        places.setdefault((record["image"], record["target"], record["task"]), []).append(number)
 
     def check(entry):
         key = entry["image"], entry.get("target", "person"), entry.get("task", "detection")
-        if key not in line_of or line_of[key] in predictions:
-            raise ValueError(f"{key} " + ("comes twice" if key in line_of else "is not in the data"))
-        name = TRUTH[records[line_of[key]]["task"]]
+        if not places.get(key):
+            raise ValueError(f"{key} " + ("comes too often" if key in places else "is not in the data"))
+        name = TRUTH[key[2]]
         for answer in (entry, *entry.get("samples", [])):
             if name == "transcript":
                 answer[name].split()  # a string
@@ -1838,7 +1842,7 @@ def load_predictions(path, records):
                 answer[name] = np.array(answer[name], float).reshape(-1, 4 if name == "boxes" else 2)
                 if not np.isfinite(answer[name]).all():
                     raise ValueError(f"{name} must be finite")
-        predictions[line_of[key]] = entry
+        predictions[places[key].pop(0)] = entry
 
     read_jsonl(path, check)
     missing = len(records) - len(predictions)

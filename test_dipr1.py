@@ -894,7 +894,10 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize("line", [
     "{", "[]", '{"image": "x.png"}', '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2]]}',
-    '{"image": "x.png", "width": 0, "height": 5, "boxes": []}',
+    '{"image": "x.png", "width": 0, "height": 5, "boxes": []}', '{"image": "x.png", "width": 5, "height": 5, "boxes": "[]"}',
+    '{"image": "x.png", "width": 5, "height": 5, "boxes": [], "task": "singing"}',
+    '{"image": "x.png", "width": 5, "height": 5, "boxes": [], "task": "ocr"}',
+    '{"image": "x.png", "width": 5, "height": 5, "boxes": [], "method": "guessing"}',
     '{"image": 3, "width": 5, "height": 5, "boxes": []}',
     '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2, NaN, 4]]}',
 ])
@@ -1389,7 +1392,7 @@ def test_a_predictions_file_scores_as_the_model_that_wrote_it(tiny, tmp_path, ca
     assert other["precision"] == 1 and "format_rate" not in other and "sampled_f1" not in other
     people = [len(r["boxes"]) for r in records]
     assert other["recall"] == sum(people[1:]) / sum(people) and scored("--limit", "1")["images"] == 1
-    for line, said in ((lines[1], "line 6: .*comes twice"), ({"image": "x.png", "boxes": []}, "line 6.*not in the data"),
+    for line, said in ((lines[1], "line 6: .*comes too often"), ({"image": "x.png", "boxes": []}, "line 6.*not in the data"),
                        ({"image": lines[0]["image"], "boxes": [[1, 2]]}, "line 6"), ({"image": 1}, "line 6")):
         path.write_text("".join(json.dumps(entry) + "\n" for entry in [*lines[1:], line]))
         with pytest.raises(SystemExit, match=said):
