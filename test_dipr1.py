@@ -1050,18 +1050,19 @@ def test_a_step_repeats_exactly_and_a_higher_reward_becomes_likelier(tiny):
     assert torch.equal(*runs)
 
 
-def test_frozen_features_are_computed_once_a_step(tiny, monkeypatch):
-    seen = []
-    see = dipr1.Policy.see
-    monkeypatch.setattr(dipr1.Policy, "see", lambda self, prompts: seen.append(len(prompts)) or see(self, prompts))
+def test_frozen_features_are_computed_once_a_step(tiny):
+    seen = []  # images in each pass of the vision tower, of the policy or the reference
     apart = [2, 1, 1, 1, 1]  # the rollout, then reference and policy for each group
     for freeze, passes in ((True, [2]), (False, apart)):
         policy, encoder, prompts = load(tiny, freeze_vision=freeze)
-        seen.clear()
-        cfg = step_config(freeze_vision=freeze)
-        reference, optimizer = copy.deepcopy(policy).eval(), dipr1.make_optimizer(policy)
+        cfg, optimizer = step_config(freeze_vision=freeze), dipr1.make_optimizer(policy)
+        reference = copy.deepcopy(policy).eval()
+        for model in (policy, reference):
+            model.model.model.visual.register_forward_pre_hook(
+                lambda _, args, kwargs: seen.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True)
         dipr1.grpo_step(policy, reference, optimizer, encoder, prompts[:2], cfg, 0, 1e-4)
         assert seen == passes
+        seen.clear()
 
 
 def test_a_completion_of_placeholders_trains(tiny):
