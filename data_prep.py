@@ -279,7 +279,7 @@ def tiny_tokenizer(size, questions):
         tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768,
     )
-    prompt = CHAT + "".join(questions)
+    prompt = CHAT + "<|im_end|>".join(questions)
     fixed = re.split(r"<\|.*?\|>|\{.*?\}", prompt)  # without special tokens and {target}
     sentences = [sentence for sentence in fixed if len(sentence) > 1]
     tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
