@@ -1408,7 +1408,7 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
 
     def write():
         local = getattr(optimizer, "optim", optimizer)  # this rank's shard
-        with open(beside / f"optimizer-{rank}.pt", "wb") as file:  # of a path's trouble torch says little
+        with open(beside / f"optimizer-{rank}.pt", "wb") as file:  # given a path, torch would not say "full"
             torch.save({"adamw": local.state_dict(), "masters": local.masters}, file)
         if rank == 0:
             for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
