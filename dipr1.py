@@ -2047,7 +2047,7 @@ def compare_once(cfg):
     answering = replace(looking, method="perception-r1")
     policy, encoder = prepare_demo(cfg, [QUESTION, PERCEPTION_QUESTIONS["detection"]])
     both = demo_records(looking)[0] + demo_records(answering)[0]
-    train_sft(policy, encoder, both, cfg, Log(folder / "sft"))
+    train_sft(policy, encoder, both, cfg, Log(folder / "warm-up"))
     start, figures = copy.deepcopy(unwrap(policy).state_dict()), {}
     ways = {"SFT": looking, "SFT, answer alone": answering, "Perception-R1": answering,
             "DIP-R1 without look": replace(looking, look_weight=0.0), "DIP-R1": looking}
@@ -2068,11 +2068,11 @@ def run_comparison(cfg):
         runs.append(compare_once(replace(cfg, seed=seed, output_dir=str(folder / f"seed-{seed}"))))
         if rank_and_world()[0] == 0:
             write_text(folder / "compare.json", json.dumps(runs, indent=2))
-    for figure in runs[0]["Perception-R1"]:
-        print0(f"\n{figure}")
-        for name in runs[0]:
-            values = [run[name][figure] for run in runs]
-            print0(f"    {name:<24}{np.mean(values):>8.3f} +- {np.std(values):.3f}")
+    print0(f"\n{'held-out images':<26}" + "".join(f"{name:>21}" for name in runs[0]))
+    for figure in runs[0]["DIP-R1"]:
+        values = [[run[name].get(figure, np.nan) for run in runs] for name in runs[0]]  # no look, no look reward
+        cells = [f"{np.mean(v):.3f} +- {np.std(v):.3f}" for v in values]
+        print0(f"{figure:<26}" + "".join(f"{cell:>21}" for cell in cells))
 
 
 def start_twice(argv):
