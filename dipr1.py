@@ -2070,7 +2070,7 @@ def run_comparison(cfg):
             write_text(folder / "compare.json", json.dumps(runs, indent=2))
     print0(f"\n{'held-out images':<26}" + "".join(f"{name:>21}" for name in runs[0]))
     for figure in runs[0]["DIP-R1"]:
-        values = [[run[name].get(figure, np.nan) for run in runs] for name in runs[0]]  # no look, no look reward
+        values = [[run[name].get(figure, np.nan) for run in runs] for name in runs[0]]  # nan: no look
         cells = [f"{np.mean(v):.3f} +- {np.std(v):.3f}" for v in values]
         print0(f"{figure:<26}" + "".join(f"{cell:>21}" for cell in cells))
 
