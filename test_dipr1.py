@@ -155,19 +155,21 @@ def test_a_hundred_thousand_mutated_completions_earn_finite_rewards_within_bound
     qwen = '[{"bbox_2d": [9, 11, 41, 58], "label": "person"}, {"bbox_2d": [31, 12, 69, 66], "label": "person"}]'
     whole = [completion(), completion(answer=qwen), completion(look="[]", answer="```json\n" + qwen + "\n```"),
              completion(look="[[5, 5, 80, 80]]", answer="[[10, 10, 40.5, 60], [30, 12, 70, 66]]")]
-    for _ in range(12_500):
-        texts = [mutated(whole[rng.integers(4)], rng) for _ in range(8)]
-        for method, task in [("dip-r1", "detection"), *(("perception-r1", task) for task in dipr1.TRUTH)]:
-            record = {"method": method, "task": task, "transcript": "[[12, 30]] and more"}
-            of_task = truth[:1] if task == "grounding" else truth[:, :2] if task == "counting" else truth
-            prompt = SimpleNamespace(width=112, height=112, truth=of_task, ignore=ignore, record=record)
-            rewards = dipr1.group_rewards(Group(prompt, [], texts=texts), 0.65)
-            lowest = 0 if method == "dip-r1" else torch.tensor([-1, 0, 0])
-            assert rewards.shape == (8, 3) and bool(torch.isfinite(rewards).all())
-            assert bool((rewards >= lowest).all() and (rewards <= 1).all()), texts
-            malformed += (rewards[:, 0] <= 0).sum().item()
-            earned += (rewards[:, 2] > 0).sum().item()
-    assert malformed > 250_000 and earned > 25_000, "the accidents should be bad, and not all fatal"
+    cases = [("dip-r1", "detection"), *(("perception-r1", task) for task in dipr1.TRUTH)]
+    for number in range(12_500):
+        method, task = cases[number % 5]
+        from_texts = whole if method == "dip-r1" else ["<answer>" + text.split("<answer>")[1] for text in whole]
+        texts = [mutated(from_texts[rng.integers(4)], rng) for _ in range(8)]
+        of_task = truth[:1] if task == "grounding" else truth[:, :2] if task == "counting" else truth
+        record = {"method": method, "task": task, "transcript": "[[12, 30]] and more"}
+        prompt = SimpleNamespace(width=112, height=112, truth=of_task, ignore=ignore, record=record)
+        rewards = dipr1.group_rewards(Group(prompt, [], texts=texts), 0.65)
+        lowest = torch.tensor([0 if method == "dip-r1" else -1, 0, 0])
+        assert rewards.shape == (8, 3) and bool(torch.isfinite(rewards).all())
+        assert bool((rewards >= lowest).all() and (rewards <= 1).all()), texts
+        malformed += (rewards[:, 0] <= 0).sum().item()
+        earned += (rewards[:, 2] > 0).sum().item()
+    assert malformed > 50_000 and earned > 5_000, "the accidents should be bad, and not all fatal"
 
 
 # ------------------------------------------------------------------------------------------------------------
