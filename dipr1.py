@@ -804,7 +804,8 @@ class Policy(nn.Module):
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
     def logprobs(self, hidden, linear=linear):
-        """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of sampler and scorer alike."""
+        """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of sampler and scorer alike. The
+        sampler's rows are few: it brings its own way of multiplying, `linear_of_few`."""
         logits = linear(hidden / self.temperature, self.model.lm_head.weight, self.forbidden)
         return logits.float().log_softmax(-1)
 

@@ -143,7 +143,7 @@ def mutated(text, rng):
         text = [
             text[:a] + text[a + 1:], text[:a] + text[a:b] * 2 + text[b:], text[:a], text[:a] + text[b:],
             text[:a] + rng.choice(list('0123456789-.,[]{}"<>/ \\\n\0é')) + text[a + 1:],
-            text[b:] + text[:a], text[:a] + rng.choice(dipr1.TAGS) + text[a:], text[:a] + "9" * int(b - a) + text[b:],
+            text[b:] + text[:a], text[:a] + rng.choice(["<think>", "</think>", "<look>", "</look>", "<answer>", "</answer>"]) + text[a:], text[:a] + "9" * int(b - a) + text[b:],
         ][rng.integers(8)]
     return text
 
