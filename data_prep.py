@@ -369,8 +369,8 @@ def find(root, *names):
     raise SystemExit(f"{root}: unknown layout, looked there for " + ", or ".join(names))
 
 
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,  # Python's own, and scipy's
-             MatReadError, zlib.error, EOFError, NotImplementedError, OSError)
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, OSError,
+             NotImplementedError, MatReadError, zlib.error, pickle.UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -575,11 +575,8 @@ def refcoco(root, split, refs=None):
         found = ", ".join(path.name for path in candidates) or "none"
         raise SystemExit(f"{root}: one file refs(*).p is needed, found {found}; --refs names it")
     path, instances = candidates[0], find(root, "instances.json")
-    try:
-        with open(path, "rb") as file:
-            entries = PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a broken pickle can raise anything
-        raise SystemExit(f"{path}: {type(error).__name__}: {error}") from None
+    with reading(path), open(path, "rb") as file:
+        entries = PlainUnpickler(file, encoding="latin1").load()
     with reading(instances):
         data = json.loads(instances.read_text(encoding="utf-8"))
         names = {entry["id"]: str(entry["file_name"]) for entry in data["images"]}

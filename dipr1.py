@@ -417,8 +417,8 @@ def counting_reward(pred, truth, width, height):
         return float(len(pred) == len(truth))
     distances = np.linalg.norm(pred[:, None] - truth[None], axis=2) / np.hypot(width, height)
     distances = np.minimum(distances, 1)
-    paired = distances[linear_sum_assignment(distances)]
-    return float((1 - paired).sum() / max(len(pred), len(truth)))
+    paired, n, m = distances[linear_sum_assignment(distances)], len(pred), len(truth)
+    return float(1 - (paired.sum() + abs(n - m)) / max(n, m))
 
 
 def levenshtein(a, b):
@@ -553,7 +553,7 @@ def load_model(cfg, device):
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SystemExit(f"cannot load --model {cfg.model}: {reason}") from None
-    image_processor.size["longest_edge"] = cfg.max_pixels
+    image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -583,7 +583,7 @@ class Encoder:
         if image.size != (record["width"], record["height"]):
             said = (record["width"], record["height"])
             raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
-        limits = self.image_processor.size  # "edges", in Qwen's config, are areas in pixels
+        limits = self.image_processor.size
         room = self.max_prompt_tokens - len(self.chat(question(record), 0, 0)[0])  # a token is 28 x 28 pixels
         least, most = limits["shortest_edge"], min(limits["longest_edge"], room * 28 * 28)
         if most < least:
@@ -892,7 +892,7 @@ def prefill(policy, prompts, copies, room):
 
 
 def linear_of_few(x, weight, bias=None):
-    """x W^T + b for a few rows (B, D): as (W x^T)^T, which a CPU computes in half the time."""
+    """x W^T + b for a few rows (B, D): as (W x^T)^T, which a CPU computes faster."""
     out = (weight @ x.T).T
     return out if bias is None else out + bias
 
@@ -907,8 +907,8 @@ def decode_step(policy, cache):
     """-> a function: one more token a row, token and position (B,) -> hidden (B, D), the state after it.
 
     It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
-    This is Qwen2.5-VL's decoder, written out, on the model's own weights: transformers' spends as long in
-    Python as in the arithmetic, and what is written out can be recorded as a CUDA graph.
+    This is Qwen2.5-VL's decoder, written out, on the model's own weights: so its products can take the form
+    that is fast for few rows, and all its tensors keep their places, as a CUDA graph needs it.
     """
     decoder = policy.model.model.language_model
 

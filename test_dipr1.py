@@ -76,8 +76,9 @@ def test_an_empty_list_is_not_an_unparseable_one():
 
 @pytest.mark.parametrize("text", [
     "[[1, 2, 3]]", "[[1, 2, 3, 4]", "[1, 2, 3, 4]", "[[1, 2, 3, 4],]", "[,[1, 2, 3, 4] [1, 2, 3, 4]]",
-    "[[1, 2, 3, NaN]]", "[[1, 2, 3, Infinity]]", "[[1, 2, 3, " + "9" * 400 + "]]", "[[1 2, 3, 4, 5]]", '[{"bbox_2d": [1, 2, 3, 4]]',
-    '{"bbox_2d": [1, 2, 3, 4]}', "[[1, 2, 3, 4]] and more", "[[__import__('os'), 2, 3, 4]]", "[[1e9, 2, 3, 4]]",
+    "[[1, 2, 3, NaN]]", "[[1, 2, 3, Infinity]]", "[[1, 2, 3, " + "9" * 400 + "]]", "[[1 2, 3, 4, 5]]",
+    '[{"bbox_2d": [1, 2, 3, 4]]', '{"bbox_2d": [1, 2, 3, 4]}', "[[1, 2, 3, 4]] and more",
+    "[[__import__('os'), 2, 3, 4]]", "[[1e9, 2, 3, 4]]",
     '```json\n[[1, 2, 3, 4]]', "[[[1, 2, 3, 4]]]",
 ])
 def test_what_is_not_a_list_of_boxes_is_none(text):
@@ -138,12 +139,13 @@ def test_garbage_is_parsed_in_no_time_and_never_rewarded(name):
 
 def mutated(text, rng):
     """A completion with a few accidents: characters lost, doubled or exchanged, pieces moved, repeated or cut off."""
+    tags = ["<think>", "</think>", "<look>", "</look>", "<answer>", "</answer>"]
     for _ in range(rng.integers(1, 6)):
         a, b = sorted(rng.integers(0, len(text) + 1, 2))
         text = [
             text[:a] + text[a + 1:], text[:a] + text[a:b] * 2 + text[b:], text[:a], text[:a] + text[b:],
             text[:a] + rng.choice(list('0123456789-.,[]{}"<>/ \\\n\0é')) + text[a + 1:],
-            text[b:] + text[:a], text[:a] + rng.choice(["<think>", "</think>", "<look>", "</look>", "<answer>", "</answer>"]) + text[a:], text[:a] + "9" * int(b - a) + text[b:],
+            text[b:] + text[:a], text[:a] + rng.choice(tags) + text[a:], text[:a] + "9" * int(b - a) + text[b:],
         ][rng.integers(8)]
     return text
 
@@ -382,9 +384,11 @@ def perceived(task, answer, truth=(), **fields):
     ("counting", np.zeros((0, 2)), "[]", 1), ("counting", np.zeros((0, 2)), "[[1, 1]]", 0),
     ("counting", [[0, 0]], '[{"point_2d": [0, 0], "label": "person"}]', 1), ("counting", [[0, 0]], "[[9999, 9999]]", 0),
     ("detection", [[0, 0, 10, 10], [50, 50, 60, 60]], "[[50, 50, 60, 60], [0, 0, 10, 5]]", 0.75),
-    ("detection", [[0, 0, 10, 10]], "[[0, 0, 10, 10], [90, 90, 99, 99]]", 0.5), ("detection", np.zeros((0, 4)), "[]", 1),
+    ("detection", [[0, 0, 10, 10]], "[[0, 0, 10, 10], [90, 90, 99, 99]]", 0.5),
+    ("detection", np.zeros((0, 4)), "[]", 1),
     ("detection", [[0, 0, 10, 10]], "[]", 0), ("detection", np.zeros((0, 4)), "[[1, 1, 2, 2]]", 0),
-    ("detection", [[0, 0, 10, 10]], "[[10, 10, 0, 0]]", 0), ("detection", [[90, 90, 100, 100]], "[[90, 90, 900, 900]]", 1),
+    ("detection", [[0, 0, 10, 10]], "[[10, 10, 0, 0]]", 0),
+    ("detection", [[90, 90, 100, 100]], "[[90, 90, 900, 900]]", 1),
 ])
 def test_answer_rewards_by_hand(task, truth, answer, reward):
     assert perceived(task, answer, truth) == (1, pytest.approx(reward))
@@ -415,10 +419,11 @@ def test_labels_that_differ_pair_nobody():
     assert perceived("detection", str(truth), truth, labels=labels) == (1, 0)  # bare boxes name nothing
     mixed = f'[{truth[0]}, {json.dumps(rows[1])}]'  # whose label is it?
     assert perceived("detection", mixed, truth, labels=labels) == (1, 0)
-    assert perceived("detection", "[]", truth, labels=labels) == (1, 0) and perceived("detection", "[]", boxes(), labels=[]) == (1, 1)
-    outside = dipr1.perception_rewards(f"{rows}<answer>{json.dumps(rows[1:])}</answer>", prompt_of("detection", truth, labels=labels))
-    assert outside == (-1, 0.5)
-    assert "label" in dipr1.question(prompt_of("detection", labels=labels).record)
+    assert perceived("detection", "[]", truth, labels=labels) == (1, 0)
+    assert perceived("detection", "[]", boxes(), labels=[]) == (1, 1)
+    prompt = prompt_of("detection", truth, labels=labels)
+    assert dipr1.perception_rewards(f"{rows}<answer>{json.dumps(rows[1:])}</answer>", prompt) == (-1, 0.5)
+    assert "label" in dipr1.question(prompt.record)
 
 
 def every_pairing(n, m):
@@ -482,7 +487,8 @@ def test_what_known_hacks_earn():
     assert detect("[]") == 0 and detect([[0, 0, 100, 100]]) < 0.03 and detect([[0, 0, 100, 100]] * 4) < 0.11
     assert detect([truth[0]]) == 0.25 < honest
     assert count([[x + 4, y] for x, y in middles]) > 0.97
-    assert count([[50, 50]] * 400) < 0.02 and count(middles * 2) == 0.5 and count("[]") == 0 and count([[50, 50]]) < 0.25
+    assert count([[50, 50]] * 400) < 0.02 and count([[50, 50]]) < 0.25
+    assert count(middles * 2) == 0.5 and count("[]") == 0
     assert count([[-900, -900]] * 4) == 0
     in_one_place = count([[50, 50]] * 4)  # the weak spot of the definition: a right count, wherever it points
     assert in_one_place == pytest.approx(0.8, abs=0.005) and in_one_place < count([[x + 10, y] for x, y in middles])
@@ -896,7 +902,8 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own():
 
 @pytest.mark.parametrize("line", [
     "{", "[]", '{"image": "x.png"}', '{"image": "x.png", "width": 5, "height": 5, "boxes": [[1, 2]]}',
-    '{"image": "x.png", "width": 0, "height": 5, "boxes": []}', '{"image": "x.png", "width": 5, "height": 5, "boxes": "[]"}',
+    '{"image": "x.png", "width": 0, "height": 5, "boxes": []}',
+    '{"image": "x.png", "width": 5, "height": 5, "boxes": "[]"}',
     '{"image": "x.png", "width": 5, "height": 5, "boxes": [], "task": "singing"}',
     '{"image": "x.png", "width": 5, "height": 5, "boxes": [], "task": "ocr"}',
     '{"image": "x.png", "width": 5, "height": 5, "boxes": [], "method": "guessing"}',
@@ -1003,7 +1010,7 @@ def poisoned_step(tiny, rank):
     policy = dipr1.parallel(policy)
     optimizer, chunks = dipr1.make_optimizer(policy), [[random_group(prompts[0])]]
     metrics = [dipr1.update(policy, optimizer, chunks, lambda chunk: policy(chunk).mean() * factor + term, 1e-3, 1.0)
-               for factor, term in ((1.0, rank * float("inf") if rank else 0.0), (float("nan") if rank else 1.0, 0.0))]
+               for factor, term in ((1.0, float("inf") if rank else 0.0), (float("nan") if rank else 1.0, 0.0))]
     same = all(torch.equal(value, before[name]) for name, value in policy.module.state_dict().items())
     return [m["skipped"] for m in metrics], same
 
@@ -1376,7 +1383,8 @@ def test_a_predictions_file_scores_as_the_model_that_wrote_it(tiny, tmp_path, ca
     for _ in range(60):
         dipr1.sft_step(policy, optimizer, encoder, prompts, cfg, 3e-3)
     figures = dipr1.evaluate(policy, encoder, records, cfg, tmp_path)
-    assert 0 < figures["f1"] and {path.name for path in (tmp_path / "pictures").iterdir()} == {"000000.png", "000001.png"}
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert 0 < figures["f1"] and drawn == {"000000.png", "000001.png"}
     path = tmp_path / "predictions.jsonl"
 
     def scored(*more):
@@ -1395,7 +1403,8 @@ def test_a_predictions_file_scores_as_the_model_that_wrote_it(tiny, tmp_path, ca
     assert other["precision"] == 1 and "format_rate" not in other and "sampled_f1" not in other
     people = [len(r["boxes"]) for r in records]
     assert other["recall"] == sum(people[1:]) / sum(people) and scored("--limit", "1")["images"] == 1
-    for line, said in ((lines[1], "line 6: .*comes too often"), ({"image": "x.png", "boxes": []}, "line 6.*not in the data"),
+    for line, said in ((lines[1], "line 6: .*comes too often"),
+                       ({"image": "x.png", "boxes": []}, "line 6.*not in the data"),
                        ({"image": lines[0]["image"], "boxes": [[1, 2]]}, "line 6"), ({"image": 1}, "line 6")):
         path.write_text("".join(json.dumps(entry) + "\n" for entry in [*lines[1:], line]))
         with pytest.raises(SystemExit, match=said):
@@ -1469,12 +1478,14 @@ def test_mixed_tasks_train_and_are_evaluated_together(four_tasks, tmp_path):
     dipr1.main([*flags, "--output_dir", str(tmp_path), "--sft_steps", "2", "--sft_batch", "4", "--steps", "2",
                 "--prompts_per_step", "4", "--picture_every", "1"])
     lines = lines_of(tmp_path)
-    assert [line["phase"] for line in lines] == ["sft"] * 2 + ["grpo"] * 2 and all(not line["skipped"] for line in lines)
+    assert [line["phase"] for line in lines] == ["sft"] * 2 + ["grpo"] * 2
+    assert all(not line["skipped"] for line in lines)
     assert -1 <= lines[-1]["reward_format"] <= 1 and lines[-1]["reward_look"] == 0
     dipr1.main([*flags[:2], "--eval", "--model", str(tmp_path / "checkpoint-000004"), *flags[4:], "--samples", "2",
                 "--output_dir", str(tmp_path / "eval")])
     figures = json.loads((tmp_path / "eval/eval.json").read_text())
-    assert {"detection f1", "grounding acc_0.5", "counting count_mae", "ocr word_f1", "sampled_accuracy_reward"} <= set(figures)
+    assert {"detection f1", "grounding acc_0.5", "counting count_mae", "ocr word_f1",
+            "sampled_accuracy_reward"} <= set(figures)
     assert len(list((tmp_path / "eval/pictures").iterdir())) == 8
     dipr1.main([*flags[:2], "--predictions", str(tmp_path / "eval/predictions.jsonl"), *flags[4:6],
                 "--output_dir", str(tmp_path / "again")])
@@ -1487,7 +1498,7 @@ def test_mixed_tasks_train_and_are_evaluated_together(four_tasks, tmp_path):
 
 def test_figures_of_the_other_tasks_by_hand():
     box = boxes([0, 0, 10, 10])
-    images = [(box, box, None), (boxes([0, 0, 10, 6]), box, None), (boxes(), box, None), (boxes([0, 0, 10, 8]), box, None)]
+    images = [(pred, box, None) for pred in (box, boxes([0, 0, 10, 6]), boxes(), boxes([0, 0, 10, 8]))]
     assert dipr1.grounding_figures(images) == {
         "acc_0.5": 0.75, "acc_0.75": 0.5, "acc_0.95": 0.25, "mean_iou": pytest.approx(0.6)}
     points = [(np.zeros((n, 2)), np.zeros((m, 2)), None) for n, m in ((3, 3), (0, 2), (5, 4), (0, 0))]
@@ -1513,7 +1524,8 @@ def test_the_comparison_starts_all_from_the_same_weights(tmp_path, monkeypatch):
     dipr1.main(["--demo", "--compare", "2", "--output_dir", str(tmp_path), "--sft_steps", "2", "--sft_batch", "4",
                 "--steps", "1", "--prompts_per_step", "2", "--lr", "1e-2", "--max_new_tokens", "20", "--samples", "2"])
     runs = json.loads((tmp_path / "compare.json").read_text())
-    assert len(runs) == 2 and list(runs[0]) == ["SFT", "SFT, answer alone", "Perception-R1", "DIP-R1 without look", "DIP-R1"]
+    ways = ["SFT", "SFT, answer alone", "Perception-R1", "DIP-R1 without look", "DIP-R1"]
+    assert len(runs) == 2 and list(runs[0]) == ways
     assert all(torch.equal(starts[0][name], start[name]) for start in starts[:3] for name in starts[0])
     assert not torch.equal(starts[0]["model.lm_head.weight"], starts[3]["model.lm_head.weight"])  # another seed
 
@@ -1604,8 +1616,8 @@ def training(tiny, folder, *more):
     """The flags of a small run: two supervised steps, four of GRPO, a checkpoint after each."""
     return [str(flag) for flag in (
         "--model", tiny[0], "--data", tiny[1], "--output_dir", folder, "--sft_steps", 2, "--sft_batch", 4,
-        "--sft_lr", 1e-3, "--steps", 4, "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 10, "--lr", 1e-3,
-        "--save_every", 1, "--keep", 0, "--picture_every", 0, *more)]
+        "--sft_lr", 1e-3, "--steps", 4, "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 10,
+        "--lr", 1e-3, "--save_every", 1, "--keep", 0, "--picture_every", 0, *more)]
 
 
 def weights(checkpoint):
@@ -1674,7 +1686,8 @@ def test_resuming_another_run_is_refused_with_the_reason(tiny, finished, tmp_pat
         dipr1.find_checkpoint(Config(**config | {"resume": "newest", "data": str(other)}))
     shutil.copytree(finished, tmp_path / "run")
     state = json.loads((tmp_path / "run/checkpoint-000006/dipr1.json").read_text())
-    for name, value, said in (("world_size", 2, "its processes was 2 and is 1"), ("data_sha256", "0", "its data's content")):
+    for name, value, said in (("world_size", 2, "its processes was 2 and is 1"),
+                              ("data_sha256", "0", "its data's content")):
         (tmp_path / "run/checkpoint-000006/dipr1.json").write_text(json.dumps(state | {name: value}))
         with pytest.raises(SystemExit, match=said):
             dipr1.find_checkpoint(Config(**config | {"resume": "newest", "output_dir": str(tmp_path / "run")}))
@@ -1695,7 +1708,8 @@ def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_r
     _, encoder, _ = load(tiny)
     records = dipr1.load_records(tmp_path / "train.jsonl")
     prompts = [prompt for _, step in dipr1.batches(encoder, records, 24, seed=0, steps=10) for prompt in step]
-    assert [p.index for p in prompts if p.weight == 0] == [1] and "gone.png: no longer readable" in capsys.readouterr().err
+    assert [p.index for p in prompts if p.weight == 0] == [1]
+    assert "gone.png: no longer readable" in capsys.readouterr().err
 
     policy, _, _ = load(tiny)
     (lost,) = [prompt for prompt in prompts if prompt.weight == 0]
@@ -1964,9 +1978,11 @@ def test_sizes_are_of_the_upright_image(tmp_path):
         "annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3]}]}), "annotation 1"),
     ("coco", "annotations/instances_val2017.json", '{"images": [], "annotations": [], "categories": [{"id": 1, '
      '"name": "dog"}]}', "no category 'person', but 'dog'"),
-    ("citypersons", "gtBboxCityPersons/val/a/b_gtBboxCityPersons.json", '{"objects": [{"label": "rider"}]}', "b_gtBbox"),
+    ("citypersons", "gtBboxCityPersons/val/a/b_gtBboxCityPersons.json", '{"objects": [{"label": "rider"}]}',
+     "b_gtBbox"),
     ("citypersons", "annotations/anno_val.mat", "no matlab file at all", "anno_val.mat: "),
-    ("crowdhuman", "annotation_val.odgt", '{"ID": "gone", "gtboxes": []}\n', "nothing converted.*1 images left out: missing"),
+    ("crowdhuman", "annotation_val.odgt", '{"ID": "gone", "gtboxes": []}\n',
+     "nothing converted.*1 images left out: missing"),
     ("crowdhuman", "annotation_val.odgt", "\n", "nothing converted"),
     ("crowdhuman", "elsewhere", "", "looked there for annotation_val.odgt"),
     ("citypersons", "elsewhere", "", "anno_val.mat, or gtBboxCityPersons/val"),
@@ -1985,7 +2001,8 @@ def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(tmp_path, 
 def test_citypersons_numbers_do_not_wrap_around(tmp_path):
     """The trap: the file keeps an image's rows in uint8 where all numbers fit, and 200 + 100 is then 44."""
     rows = np.array([[1, 200, 100, 100, 250, 7, 0, 0, 0, 0], [2, 1, 2, 3, 4, 8, 0, 0, 0, 0]])
-    images = {("aachen", "a_leftImg8bit.png"): rows.astype(np.uint8), ("ulm", "b_leftImg8bit.png"): -rows.astype(np.int16),
+    images = {("aachen", "a_leftImg8bit.png"): rows.astype(np.uint8),
+              ("ulm", "b_leftImg8bit.png"): -rows.astype(np.int16),
               ("ulm", "c_leftImg8bit.png"): np.zeros((0, 10), np.uint8)}
     assert (images["aachen", "a_leftImg8bit.png"][0, [1, 3]].sum(dtype=np.uint8)) == 44
     citypersons_mat_layout(tmp_path / "cp", images)
@@ -2057,7 +2074,8 @@ def coco_layout(root, annotations, images=("a.jpg", "b.jpg"), name="instances_va
     write(root / "annotations" / name, json.dumps({
         "images": [{"id": k, "file_name": image} for k, image in enumerate(images)],
         "categories": [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}],
-        "annotations": [{"image_id": i, "category_id": c, "bbox": b, "iscrowd": crowd} for i, c, b, crowd in annotations],
+        "annotations": [{"image_id": i, "category_id": c, "bbox": b, "iscrowd": crowd}
+                        for i, c, b, crowd in annotations],
     }))
     make_pictures([root / "val2017" / image for image in images])
 
@@ -2153,7 +2171,8 @@ def test_converting_takes_the_same_memory_however_long_the_file(tmp_path):
     for n in (200, 2000):
         crowdhuman_layout(tmp_path / f"{n}", [json.dumps({"ID": f"{k}", **crowd}) for k in range(n)])
         tracemalloc.start()
-        data_prep.convert(data_prep.crowdhuman(tmp_path / f"{n}", "train"), tmp_path / "o.jsonl", "person", verify=False)
+        annotations = data_prep.crowdhuman(tmp_path / f"{n}", "train")
+        data_prep.convert(annotations, tmp_path / "o.jsonl", "person", verify=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert sum(1 for _ in open(tmp_path / "o.jsonl")) == n
