@@ -20,6 +20,9 @@ reward is credited to the tokens that can have earned it.
 `--method perception-r1` is Perception-R1 (arXiv 2504.07954) in the same harness, the baseline to beat: no
 look, a format reward of +1 or -1, and one answer reward for each of four tasks. What is asked (QUESTION,
 PERCEPTION_QUESTIONS) and what is rewarded (`group_rewards`) tell the methods apart; the rest is shared.
+
+Read from the top: knobs, template and parser, boxes, rewards, advantages and loss; then the model, the rollout,
+the data and one training step. There the method is told. Checkpoints, evaluation and the command line follow.
 """
 import bisect
 import contextlib
@@ -51,7 +54,6 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -765,6 +767,39 @@ def tree_attention(module, query, key, value, attention_mask, **options):
     return out.gather(1, tree.back[..., None, None].expand(-1, -1, *out.shape[2:])), None
 
 
+# log pi(y) = z_y - log sum_v exp z_v,    z = W h + b;              d log pi(y) / d z_v = [v = y] - pi(v)
+class TokenLogprobs(torch.autograd.Function):
+    """log pi of each target: h (N, D), W (V, D), b (V,), targets (N,) -> (N,) in fp32.
+
+    A chunk of tokens at a time, and again in the backward: so the logits of a whole group (8 x 1,024 x 152k:
+    5 GB) never exist at once. The backward is written out, for so z becomes pi, and pi the gradient, in its
+    own place; autograd would keep a tensor of that size for each step of the way.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk=512):
+        found = []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            z = linear(h, weight, bias).float()
+            found.append(torch.stack([z.gather(1, y[:, None])[:, 0], z.logsumexp(1)]))
+        z_y, log_sum = torch.cat(found, dim=1)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
+        ctx.chunk = chunk
+        return z_y - log_sum
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, log_sum = ctx.saved_tensors
+        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        columns = targets[:, None], log_sum[:, None], grad[:, None]
+        for h, of_h, y, log_sum, g in zip(*(x.split(ctx.chunk) for x in (hidden, of_hidden, *columns))):
+            pi = linear(h, weight, bias).float().sub_(log_sum).exp_()
+            of_z = pi.mul_(-g).scatter_add_(1, y, g).to(weight.dtype)  # g ([v = y] - pi)
+            of_h.copy_(of_z @ weight)
+            of_weight.addmm_(of_z.T, h)
+        return of_hidden, of_weight, None, None, None
+
+
 class Policy(nn.Module):
     """A Qwen2.5-VL, and the one question of training: how likely was each token of these groups?
 
@@ -803,18 +838,9 @@ class Policy(nn.Module):
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
-    def logprobs(self, hidden, linear=linear):
-        """Hidden states (N, D) -> (N, V) log softmax(logits / T) in fp32, of sampler and scorer alike. The
-        sampler's rows are few: it brings its own way of multiplying, `linear_of_few`."""
-        logits = linear(hidden / self.temperature, self.model.lm_head.weight, self.forbidden)
-        return logits.float().log_softmax(-1)
-
-    def token_logprobs(self, hidden, targets, chunk=512):
-        """log pi of each target: (N, D), (N,) -> (N,). A chunk of tokens at a time, and again in the
-        backward, so that the logits of a whole group (8 x 1,024 x 152k: 5 GB) never exist at once."""
-        score = lambda h, y: self.logprobs(h).gather(1, y[:, None])[:, 0]
-        parts = zip(hidden.split(chunk), targets.split(chunk))
-        return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in parts])
+    def head(self, hidden):
+        """What logits are made of: hidden states (N, D) over T, W (V, D), and the bias (V,) that forbids."""
+        return hidden / self.temperature, self.model.lm_head.weight, self.forbidden
 
     def forward(self, groups):
         """Groups -> the flat (N,) log-probabilities of all their tokens, group by group. Rows of different
@@ -828,7 +854,8 @@ class Policy(nn.Module):
             attention_mask={"full_attention": branch(groups)},  # in this form it goes to the layers untouched
         ).last_hidden_state
         hidden = torch.cat([row[source] for row, source in zip(hidden, sources)])
-        return self.token_logprobs(hidden, torch.cat([o for group in groups for o in group.completions]))
+        targets = torch.cat([completion for group in groups for completion in group.completions])
+        return TokenLogprobs.apply(*self.head(hidden), targets)
 
 
 def in_chunks(items, size):
@@ -985,7 +1012,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
     running = torch.ones(P * G, dtype=torch.bool, device=device)
     rows, step = torch.arange(P * G, device=device), None  # the rows still in the batch, and how to go on
     for t in range(max_new_tokens):
-        logprobs = policy.logprobs(hidden, linear_of_few)
+        logprobs = linear_of_few(*policy.head(hidden)).float().log_softmax(-1)
         token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
         written[rows] += running[rows]  # EOS is the last token written

@@ -638,10 +638,17 @@ def test_completions_do_not_see_each_other(tiny):
 
 
 def test_chunks_of_the_vocabulary_softmax_change_nothing(tiny):
-    policy, _, _ = load(tiny)
-    hidden, targets = torch.randn(23, 128), torch.randint(0, 400, (23,))
-    in_chunks, at_once = (policy.token_logprobs(hidden, targets, chunk) for chunk in (4, 99))
-    assert torch.allclose(in_chunks, at_once)
+    """Forward and gradients against autograd over the whole log-softmax, in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias, grad = (torch.randn(shape, dtype=torch.double, generator=generator, requires_grad=True)
+                                  for shape in ((23, 8), (40, 8), (40,), (23,)))
+    targets = torch.randint(0, 40, (23,), generator=generator)
+    plain = (hidden @ weight.T + bias).log_softmax(-1)[torch.arange(23), targets]
+    expected = [plain, *torch.autograd.grad(plain, (hidden, weight), grad)]
+    for chunk in (4, 23, 99):
+        ours = dipr1.TokenLogprobs.apply(hidden, weight, bias, targets, chunk)
+        for a, b in zip([ours, *torch.autograd.grad(ours, (hidden, weight), grad)], expected):
+            assert torch.allclose(a.double(), b, atol=1e-5)
 
 
 def test_positions_are_three_dimensional(tiny):
@@ -754,8 +761,9 @@ def test_placeholders_are_never_sampled_and_cost_nothing_to_forbid(tiny):
         policy.model.lm_head.weight[policy.model.config.image_token_id] *= 1000
     groups = dipr1.rollout(policy, encoder, prompts[:2], 20, torch.rand(2, 4, 20))
     assert policy.model.config.image_token_id not in torch.cat([o for g in groups for o in g.completions])
-    total = policy.logprobs(torch.randn(3, 128)).exp()
-    assert torch.allclose(total.sum(-1), torch.ones(3)) and (total[:, policy.forbidden < 0] == 0).all()
+    hidden, every = torch.randn(1, 128), torch.arange(len(policy.forbidden))
+    scored = dipr1.TokenLogprobs.apply(*policy.head(hidden.expand(len(every), -1)), every).exp()
+    assert scored.sum().item() == pytest.approx(1, abs=1e-5) and (scored[policy.forbidden < 0] == 0).all()
 
 
 def test_a_completion_ends_with_its_first_eos_which_belongs_to_it(tiny):
