@@ -192,18 +192,17 @@ PHRASES = {  # of grounding: whoever of the boxes has the least of this
 }
 
 
-def draw_sign(rng, size, cell=28):
-    """A street with a sign of a few letters: (image, text). Each letter stands in one 28-pixel cell, which is
-    a visual token: a model this small does not learn in minutes to piece letters together."""
-    scene, _ = draw_street(rng, size)
-    cells = size // cell
-    text = "".join(rng.choice(list(LETTERS), rng.integers(1, cells + 1)))
-    x, y = cell * rng.integers(0, cells - len(text) + 1), cell * rng.integers(0, cells)
-    pen, font, color = ImageDraw.Draw(scene), ImageFont.load_default(0.9 * cell), vivid(rng, 0.1, 0.4)
-    pen.rectangle([x, y, x + cell * len(text) - 1, y + cell - 1], fill=muted(rng, 225, 243))
-    for number, letter in enumerate(text):
-        pen.text((x + cell * (number + 0.5), y + cell / 2), letter, font=font, fill=color, anchor="mm")
-    return scene, text
+def draw_page(rng, size, cell=28):
+    """A page of a few short words, one a line: (image, text). Each letter stands in one 28-pixel cell, which
+    is a visual token: a model this small does not learn in minutes to piece letters together."""
+    page, cells = Image.new("RGB", (size, size), muted(rng, 225, 243)), size // cell
+    lengths = rng.integers(1, cells + 1, rng.integers(1, cells))  # the last line stays empty
+    words = ["".join(rng.choice(list(LETTERS), length)) for length in lengths]
+    pen, font, color = ImageDraw.Draw(page), ImageFont.load_default(0.9 * cell), vivid(rng, 0.1, 0.4)
+    for row, word in enumerate(words):
+        for column, letter in enumerate(word):
+            pen.text((cell * (column + 0.5), cell * (row + 0.5)), letter, font=font, fill=color, anchor="mm")
+    return page, "\n".join(words)
 
 
 def save_scene(job):
@@ -213,7 +212,7 @@ def save_scene(job):
     rng, name = np.random.default_rng([seed, number]), f"images/{number:06d}.png"
     about = {"image": name, "width": size, "height": size, "target": "person", "task": task}
     if task == "ocr":
-        scene, about["transcript"] = draw_sign(rng, size)
+        scene, about["transcript"] = draw_page(rng, size)
     else:
         scene, boxes, ignore = draw_scene(rng, size)
     scene.save(folder / name, compress_level=1)

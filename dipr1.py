@@ -1610,12 +1610,12 @@ def as_marks(answer):
 
 
 def draw_picture(group, path, height=448):
-    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green), and
-    the map of where the group's answers disagree, which is what the look is paid to find."""
+    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green) and the
+    map of where the group's answers disagree, which is what the look is paid to find."""
     prompt, look = group.prompt, parse_response(group.texts[0]).look
     answers = [read_answer(text, prompt.record) for text in group.texts]
     reads = prompt.record["task"] == "ocr"
-    colors = "truth white, answer orange, look green"
+    colors = "truth white, answer orange" + ", look green" * (prompt.record["method"] == "dip-r1")
     caption = f"reads {answers[0]!r}" if reads else f"{prompt.record['target']}: {colors}"
     first, *others = map(as_marks, answers)
     scale = height / prompt.height
