@@ -21,8 +21,9 @@ reward is credited to the tokens that can have earned it.
 look, a format reward of +1 or -1, and one answer reward for each of four tasks. What is asked (QUESTION,
 PERCEPTION_QUESTIONS) and what is rewarded (`group_rewards`) tell the methods apart; the rest is shared.
 
-Read from the top: knobs, template and parser, boxes, rewards, advantages and loss; then the model, the rollout,
-the data and one training step. There the method is told. Checkpoints, evaluation and the command line follow.
+Read from the top: knobs, template and parser, boxes, rewards, advantages and loss; then the model, the
+rollout, the data and one training step. There the method is told; what follows is checkpoints, evaluation
+and the command line.
 """
 import bisect
 import contextlib
@@ -1904,19 +1905,18 @@ DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
 
 
 def join_processes():
-    """Meet the other processes, if torchrun started this one."""
+    """Take a GPU, if there are any, and meet the other processes, if torchrun started this one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
         patience = timedelta(minutes=30)  # of a collective: a rank that never comes ends the run, no hang
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
 
 
 def setup(cfg):
-    """Process group (under torchrun), device, model -> (policy, encoder)."""
-    join_processes()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    """Load the model to this process's device -> (policy, encoder)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     model, tokenizer, image_processor = load_model(cfg, device)
     encoder = Encoder(model, tokenizer, image_processor, cfg.max_prompt_tokens)
     return Policy(model, tokenizer, cfg.temperature), encoder
@@ -1986,12 +1986,12 @@ def parallel(policy):
     """Under torchrun, the policy in DDP: a forward through it averages the gradients over the ranks."""
     if not dist.is_initialized():
         return policy
-    return nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)  # no buffer ever changes
+    return nn.parallel.DistributedDataParallel(policy, **options)
 
 
 def train(cfg):
     """Warm-up and GRPO on --data."""
-    join_processes()
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
         cfg.resume = cfg.resume or "newest"
     if (Path(cfg.output_dir) / "metrics.jsonl").exists() and not cfg.resume:
@@ -2127,6 +2127,7 @@ def main(argv=None):
         raise SystemExit("--task goes with --demo --method perception-r1, and --compare with --demo")
     if cfg.demo and "RANK" not in os.environ and not torch.cuda.is_available() and os.cpu_count() > 1:
         start_twice(argv)
+    join_processes()  # until then every process takes itself for rank 0
     evaluates = cfg.eval or cfg.predictions
     run = run_comparison if cfg.compare else run_demo
     (run if cfg.demo else run_evaluation if evaluates else train)(cfg)

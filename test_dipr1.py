@@ -1586,12 +1586,20 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
     assert "holds a run already" in again and "Traceback" not in again
 
 
-def test_the_demo_end_to_end_in_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(dipr1, "DEMO_SCENES", 12)
-    monkeypatch.setattr(dipr1, "DEMO_HELD_OUT", 4)
-    monkeypatch.setattr(dipr1.os, "cpu_count", lambda: 1)  # with two it would start itself under torchrun
-    dipr1.main(["--demo", "--output_dir", str(tmp_path), "--seed", "3", "--sft_steps", "2", "--steps", "1",
-                "--prompts_per_step", "2", "--group_size", "2", "--picture_every", "1", "--max_new_tokens", "16"])
+def test_the_demo_end_to_end_in_small(tmp_path):
+    """In two processes, as it runs; the trap: both draw the scenes, and one replaces the file that the other reads."""
+    (tmp_path / "small.py").write_text(f"""if __name__ == "__main__":
+    import sys
+    sys.path.insert(0, {str(HERE)!r})
+    import data_prep, dipr1
+    dipr1.DEMO_SCENES, dipr1.DEMO_HELD_OUT, synthetic = 12, 4, data_prep.synthetic
+    data_prep.synthetic = lambda *args, **more: (print("scenes are drawn"), synthetic(*args, **more))
+    dipr1.main()
+""")
+    shown = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "small.py", "--demo",
+                "--output_dir", tmp_path, "--seed", 3, "--sft_steps", 2, "--steps", 1, "--prompts_per_step", 2,
+                "--group_size", 2, "--picture_every", 1, "--max_new_tokens", 16)
+    assert shown.count("scenes are drawn") == 1 and shown.count("held-out images") == 1 and "Warning" not in shown
     summary = json.loads((tmp_path / "summary.json").read_text())
     names = {"precision", "recall", "f1", "jaccard", "format_rate", "look_reward", "boxes_per_image",
              "truth_boxes_per_image", "sampled_f1", "sampled_look_reward"}
