@@ -2383,14 +2383,15 @@ def added_memory(policy, group, naive, device):
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def benchmark(shape, G, new_tokens, repeats, device, stages=True):
+def benchmark(shape, G, new_tokens, repeats, device, towers=("trained", "frozen")):
     """Measure both ways, turn by turn, and print the table: medians, and naive over ours."""
     policy, prompt = random_policy(shape, device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     watch, found = Stopwatch((policy, reference), device), {}
-    for frozen in (False, True):
+    for tower in towers:
+        frozen = tower == "frozen"
         policy.model.model.visual.requires_grad_(not frozen)
-        for _ in tqdm(range(repeats + 1), f"G {G}, {new_tokens} new tokens" + ", tower frozen" * frozen):
+        for _ in tqdm(range(repeats + 1), f"G {G}, {new_tokens} new tokens, tower {tower}"):
             for naive in (True, False):
                 watch.images = watch.tokens = 0
                 for model in (policy, reference):
@@ -2410,7 +2411,7 @@ def benchmark(shape, G, new_tokens, repeats, device, stages=True):
         policy.model.model.language_model.set_attn_implementation("sdpa" if naive else "tree")
         found.setdefault("added memory, MB", ([], []))[naive].append(added_memory(policy, group, naive, device) / 1e6)
     print(f"\n{sum(p.numel() for p in policy.parameters()) / 1e6:.0f}M parameters, prompt {len(prompt.ids)} tokens, "
-          f"G = {G}, {new_tokens} new tokens each: medians of {repeats}")
+          f"G = {G}, {new_tokens} new tokens each: " + (f"medians of {repeats}" if repeats else "measured once"))
     print(f"{'':<28}{'naive':>10}{'ours':>10}{'ratio':>8}")
     for name, (ours, naive) in found.items():
         a, b = (np.median(values[1:] or values) for values in (naive, ours))  # the first round warms up
@@ -2421,7 +2422,7 @@ def benchmark(shape, G, new_tokens, repeats, device, stages=True):
 def main():
     parser = argparse.ArgumentParser(description="Time the naive way and ours, side by side.")
     parser.add_argument("--shapes", choices=SHAPES, default="small", help="3b wants a GPU of 80 GB")
-    parser.add_argument("--repeats", type=int, default=5, help="medians of so many (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="medians of so many, after a first (default 5; 0: the first)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--growth", action="store_true", help="also for G = 4 .. 32 and 64 .. 512 new tokens")
     args = parser.parse_args()
@@ -2430,7 +2431,7 @@ def main():
     for new_tokens in shape["new_tokens"]:
         benchmark(shape, 8, new_tokens, args.repeats, device)
     for G, new_tokens in ((4, 128), (16, 128), (32, 128), (8, 64), (8, 256), (8, 512)) if args.growth else ():
-        benchmark(shape, G, new_tokens, args.repeats, device)
+        benchmark(shape, G, new_tokens, args.repeats, device, towers=["trained"])
 
 
 if __name__ == "__main__":
