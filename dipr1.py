@@ -773,8 +773,8 @@ class TokenLogprobs(torch.autograd.Function):
     """log pi of each target: h (N, D), W (V, D), b (V,), targets (N,) -> (N,) in fp32.
 
     A chunk of tokens at a time, and again in the backward: so the logits of a whole group (8 x 1,024 x 152k:
-    5 GB) never exist at once. The backward is written out, for so z becomes pi, and pi the gradient, in its
-    own place; autograd would keep a tensor of that size for each step of the way.
+    5 GB) never exist at once. The backward is written out, so that z becomes pi, and pi the gradient, in
+    place; autograd would keep a tensor of that size for each step of the way.
     """
 
     @staticmethod
@@ -790,9 +790,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, bias, targets, log_sum = ctx.saved_tensors
+        hidden, weight, bias, *of_tokens = ctx.saved_tensors
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        columns = targets[:, None], log_sum[:, None], grad[:, None]
+        columns = [x[:, None] for x in (*of_tokens, grad)]  # targets, log sum exp z, gradient: (N, 1) each
         for h, of_h, y, log_sum, g in zip(*(x.split(ctx.chunk) for x in (hidden, of_hidden, *columns))):
             pi = linear(h, weight, bias).float().sub_(log_sum).exp_()
             of_z = pi.mul_(-g).scatter_add_(1, y, g).to(weight.dtype)  # g ([v = y] - pi)

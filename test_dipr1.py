@@ -2422,7 +2422,8 @@ def benchmark(shape, G, new_tokens, repeats, device, towers=("trained", "frozen"
 def main():
     parser = argparse.ArgumentParser(description="Time the naive way and ours, side by side.")
     parser.add_argument("--shapes", choices=SHAPES, default="small", help="3b wants a GPU of 80 GB")
-    parser.add_argument("--repeats", type=int, default=5, help="medians of so many, after a first (default 5; 0: the first)")
+    parser.add_argument("--repeats", type=int, default=5,
+                        help="medians of so many, after a first that warms up (default 5; 0: the first alone)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--growth", action="store_true", help="also for G = 4 .. 32 and 64 .. 512 new tokens")
     args = parser.parse_args()
