@@ -895,9 +895,9 @@ def inverse_cdf(logprobs, uniform):
 def prefill(policy, prompts, copies, room):
     """Read every prompt once, and make `copies` rows of each, with room for `room` more tokens.
 
-    Returns hidden (B, D), the state after the prompt's last token, B = prompts x copies; the cache, for each
-    layer keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a
-    token. Prompts are padded on the right to L: under causal attention no real token sees the padding.
+    Returns the log-probabilities (B, V) of the first token, B = prompts x copies; the cache, for each layer
+    keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a token.
+    Prompts are padded on the right to L: under causal attention no real token sees the padding.
     """
     from transformers import DynamicCache
 
@@ -909,20 +909,35 @@ def prefill(policy, prompts, copies, room):
     hidden = policy.model.model.language_model(
         inputs_embeds=embeds, position_ids=positions, past_key_values=prefix, use_cache=True
     ).last_hidden_state
-    hidden = hidden[torch.arange(len(prompts)), lengths - 1]
+    last = hidden[torch.arange(len(prompts)), lengths - 1]
+    logprobs = linear(*policy.head(last)).float().log_softmax(-1)
 
     def rows(x):
         return pad(x.repeat_interleave(copies, 0), (0, 0, 0, room))
 
     cache = [(rows(layer.keys), rows(layer.values)) for layer in prefix.layers]
     visible = torch.arange(embeds.shape[1] + room, device=embeds.device) < lengths[:, None]
-    return hidden.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
+    return logprobs.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
 
-def linear_of_few(x, weight, bias=None):
-    """x W^T + b for a few rows (B, D): as (W x^T)^T, which a CPU computes faster."""
-    out = (weight @ x.T).T
-    return out if bias is None else out + bias
+def linear_of_few(rows):
+    """-> a function: x W^T + b for x (rows, D), while the weights stay as they are.
+
+    Each token takes every weight for a handful of rows, so what counts is how fast weights are read. MKL,
+    the CPU's library, reads a copy that is packed for so many rows twice as fast; the copies, as large as the
+    decoder, live as long as the function. Elsewhere (W x^T)^T is a fast form. The sums are the same.
+    """
+    has_mkl, packed = torch.backends.mkl.is_available(), {}
+
+    def linear_here(x, weight, bias=None):
+        if not (has_mkl and weight.is_cpu):
+            out = (weight @ x.T).T
+            return out if bias is None else out + bias
+        if id(weight) not in packed:
+            packed[id(weight)] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+        return torch.ops.mkl._mkl_linear(x, packed[id(weight)], weight, bias, rows)
+
+    return linear_here
 
 
 def rotate(x, cos, sin):
@@ -932,16 +947,16 @@ def rotate(x, cos, sin):
 
 
 def decode_step(policy, cache):
-    """-> a function: one more token a row, token and position (B,) -> hidden (B, D), the state after it.
+    """-> a function: one more token a row, token and position (B,) -> log-probabilities (B, V) of the next.
 
     It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
     This is Qwen2.5-VL's decoder, written out, on the model's own weights: so its products can take the form
     that is fast for few rows, and all its tensors keep their places, as a CUDA graph needs it.
     """
-    decoder = policy.model.model.language_model
+    decoder, linear_here = policy.model.model.language_model, linear_of_few(len(cache[0][0]))
 
     def project(layer, x):
-        return linear_of_few(x, layer.weight, layer.bias)
+        return linear_here(x, layer.weight, layer.bias)
 
     def step(token, position, column, visible):
         x = decoder.embed_tokens(token)
@@ -957,7 +972,7 @@ def decode_step(policy, cache):
             x = x + project(attention.o_proj, o.flatten(1))
             h = layer.post_attention_layernorm(x)
             x = x + project(mlp.down_proj, mlp.act_fn(project(mlp.gate_proj, h)) * project(mlp.up_proj, h))
-        return decoder.norm(x)
+        return linear_here(*policy.head(decoder.norm(x))).float().log_softmax(-1)
 
     return step
 
@@ -979,7 +994,7 @@ def captured(step, *inputs):
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            hidden = step(*places)
+            logprobs = step(*places)
     except RuntimeError as error:
         warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
         return step
@@ -988,7 +1003,7 @@ def captured(step, *inputs):
         for place, value in zip(places, inputs):
             place.copy_(value)
         graph.replay()
-        return hidden
+        return logprobs
 
     return replay
 
@@ -1004,7 +1019,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
     policy.eval()
     P, G = len(prompts), 1 if uniforms is None else uniforms.shape[1]
     device, eos = policy.model.device, torch.tensor(encoder.eos, device=policy.model.device)
-    hidden, cache, visible = prefill(policy, prompts, G, max_new_tokens)
+    logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)
     uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
     tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
@@ -1013,7 +1028,6 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
     running = torch.ones(P * G, dtype=torch.bool, device=device)
     rows, step = torch.arange(P * G, device=device), None  # the rows still in the batch, and how to go on
     for t in range(max_new_tokens):
-        logprobs = linear_of_few(*policy.head(hidden)).float().log_softmax(-1)
         token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
         written[rows] += running[rows]  # EOS is the last token written
@@ -1031,7 +1045,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
         if step is None:
             step = decode_step(policy, cache)
             step = captured(step, *inputs) if device.type == "cuda" else step
-        hidden = step(*inputs)
+        logprobs = step(*inputs)
 
     completions = [tokens[row, : written[row]] for row in range(P * G)]
     logp = [chosen[row, : written[row]] for row in range(P * G)]

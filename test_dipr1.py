@@ -693,17 +693,21 @@ def test_any_text_survives_the_tiny_tokenizer(tiny):
 def test_rollout_logprobs_equal_scored_ones(tiny):
     policy, encoder, prompts = load(tiny, temperature=0.9)
     uniforms = torch.stack([dipr1.draw_uniforms(0, 0, p.index, (3, 20)) for p in prompts])
-    groups = dipr1.rollout(policy, encoder, prompts, 20, uniforms)
-    with torch.no_grad():
-        scored = policy(groups)
-    assert torch.allclose(torch.cat([group.rollout_logp for group in groups]), scored, atol=1e-4)
+    for _ in range(2):  # also with other weights: no packed copy outlives its rollout
+        groups = dipr1.rollout(policy, encoder, prompts, 20, uniforms)
+        with torch.no_grad():
+            scored = policy(groups)
+            assert torch.allclose(torch.cat([group.rollout_logp for group in groups]), scored, atol=1e-4)
+            for weight in policy.parameters():
+                weight *= 1.2
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_rollout_writes_what_a_naive_loop_writes_token_for_token(tiny, frozen):
+@pytest.mark.parametrize("frozen, has_mkl", [(False, True), (True, True), (False, False)])
+def test_the_rollout_writes_what_a_naive_loop_writes_token_for_token(tiny, monkeypatch, frozen, has_mkl):
     """No cache, no shared prompt, no dropped rows, no decoder of our own: the whole row anew for every token. Nor
-    do features computed beforehand make a difference, as with a frozen tower."""
+    do features computed beforehand make a difference, as with a frozen tower, nor weights packed by MKL."""
     policy, encoder, prompts = load(tiny, temperature=0.9)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl and torch._C.has_mkl)
     with torch.no_grad():
         noise = torch.randn(128, generator=torch.Generator().manual_seed(0))
         policy.model.lm_head.weight[encoder.eos[1]] += 0.2 * noise  # now and then an EOS: rows are dropped
@@ -793,10 +797,10 @@ class FakeGraph:
 
     def watch(self, step):
         def run(*places):
-            hidden = step(*places)
+            logprobs = step(*places)
             if FakeGraph.current:
-                FakeGraph.current.replay = lambda: hidden.copy_(step(*places))
-            return hidden
+                FakeGraph.current.replay = lambda: logprobs.copy_(step(*places))
+            return logprobs
         return run
 
 
