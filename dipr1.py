@@ -1924,7 +1924,12 @@ def join_processes():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
         patience = timedelta(minutes=30)  # of a collective: a rank that never comes ends the run, no hang
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # This store outlives a restart, and with it the addresses of the dead: each start has its own part.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
 def setup(cfg):
@@ -2122,7 +2127,7 @@ def start_twice(argv):
     small to be shared by two threads, but a batch is easily shared by two processes."""
     os.environ |= {"DEMO_STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    os.execv(sys.executable, [*torchrun, __file__, *argv])  # this process becomes torchrun
+    os.execv(sys.executable, [*torchrun, sys.argv[0], *argv])  # this process becomes torchrun
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1591,19 +1592,21 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
 
 
 def test_the_demo_end_to_end_in_small(tmp_path):
-    """In two processes, as it runs; the trap: both draw the scenes, and one replaces the file that the other reads."""
+    """It starts itself again in two processes; the trap: both draw the scenes, and one replaces the file that the
+    other reads."""
     (tmp_path / "small.py").write_text(f"""if __name__ == "__main__":
-    import sys
+    import os, sys
     sys.path.insert(0, {str(HERE)!r})
     import data_prep, dipr1
     dipr1.DEMO_SCENES, dipr1.DEMO_HELD_OUT, synthetic = 12, 4, data_prep.synthetic
     data_prep.synthetic = lambda *args, **more: (print("scenes are drawn"), synthetic(*args, **more))
+    print("one of two processes" if os.environ.get("WORLD_SIZE") == "2" else "on its own")
     dipr1.main()
 """)
-    shown = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "small.py", "--demo",
-                "--output_dir", tmp_path, "--seed", 3, "--sft_steps", 2, "--steps", 1, "--prompts_per_step", 2,
-                "--group_size", 2, "--picture_every", 1, "--max_new_tokens", 16)
+    shown = run(tmp_path / "small.py", "--demo", "--output_dir", tmp_path, "--seed", 3, "--sft_steps", 2, "--steps", 1,
+                "--prompts_per_step", 2, "--group_size", 2, "--picture_every", 1, "--max_new_tokens", 16)
     assert shown.count("scenes are drawn") == 1 and shown.count("held-out images") == 1 and "Warning" not in shown
+    assert shown.count("one of two processes") == (2 if os.cpu_count() > 1 else 0)
     summary = json.loads((tmp_path / "summary.json").read_text())
     names = {"precision", "recall", "f1", "jaccard", "format_rate", "look_reward", "boxes_per_image",
              "truth_boxes_per_image", "sampled_f1", "sampled_look_reward"}
@@ -1785,6 +1788,30 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tiny, tmp_path, p
     a, b = weights(killed / "checkpoint-000006"), weights(whole / "checkpoint-000006")
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert lines_of(killed) == lines_of(whole) and len(lines_of(whole)) == 6
+
+
+def test_ranks_started_again_find_each_other_and_not_the_dead(tmp_path):
+    """torchrun keeps its store when it starts all ranks again. Rank 1, which comes first, would read the address of
+    the dead rank 0 there, and the run would hang."""
+    (tmp_path / "ranks.py").write_text(f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import dipr1
+again, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1", os.environ["RANK"]
+if again and rank == "0":
+    time.sleep(2)
+dipr1.join_processes()
+dipr1.barrier()
+if not again and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+dipr1.barrier()
+print("met again")
+""")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shown = run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "--max_restarts", 1,
+                tmp_path / "ranks.py")
+    assert shown.count("met again") == 2
 
 
 @pytest.mark.slow
