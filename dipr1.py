@@ -923,9 +923,10 @@ def prefill(policy, prompts, copies, room):
 def linear_of_few(rows):
     """-> a function: x W^T + b for x (rows, D), while the weights stay as they are.
 
-    Each token takes every weight for a handful of rows, so what counts is how fast weights are read. MKL,
-    the CPU's library, reads a copy that is packed for so many rows twice as fast; the copies, as large as the
-    decoder, live as long as the function. Elsewhere (W x^T)^T is a fast form. The sums are the same.
+    Each token takes every weight for a handful of rows, so what counts is how fast weights are read. MKL, on
+    Intel's and AMD's CPUs, reads a copy packed for so many rows twice as fast (by the op that torch.compile
+    uses); the copies, as large as the decoder, live as long as the function. Elsewhere the same sums are
+    taken as (W x^T)^T.
     """
     has_mkl, packed = torch.backends.mkl.is_available(), {}
 
@@ -950,7 +951,7 @@ def decode_step(policy, cache):
     """-> a function: one more token a row, token and position (B,) -> log-probabilities (B, V) of the next.
 
     It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
-    This is Qwen2.5-VL's decoder, written out, on the model's own weights: so its products can take the form
+    This is Qwen2.5-VL's decoder, written out, with the model's own weights: so its products can take the form
     that is fast for few rows, and all its tensors keep their places, as a CUDA graph needs it.
     """
     decoder, linear_here = policy.model.model.language_model, linear_of_few(len(cache[0][0]))
@@ -1926,7 +1927,7 @@ def join_processes():
         patience = timedelta(minutes=30)  # of a collective: a rank that never comes ends the run, no hang
         store, rank, world = next(dist.rendezvous("env://", timeout=patience))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # This store outlives a restart, and with it the addresses of the dead: each start has its own part.
+            # This store outlives a restart, addresses of the dead in it: each start has its own part.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
