@@ -924,9 +924,9 @@ def linear_of_few(rows):
     """-> a function: x W^T + b for x (rows, D), while the weights stay as they are.
 
     Each token takes every weight for a handful of rows, so what counts is how fast weights are read. MKL, on
-    Intel's and AMD's CPUs, reads a copy packed for so many rows twice as fast (by the op that torch.compile
-    uses); the copies, as large as the decoder, live as long as the function. Elsewhere the same sums are
-    taken as (W x^T)^T.
+    Intel's and AMD's CPUs, reads a copy packed for so many rows faster (by the op that torch.compile uses);
+    the copies, as large as the decoder, live as long as the function. Elsewhere the same sums are taken as
+    (W x^T)^T.
     """
     has_mkl, packed = torch.backends.mkl.is_available(), {}
 
