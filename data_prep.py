@@ -1,37 +1,33 @@
-"""Everything that dipr1.py reads, made here: scenes, a tiny checkpoint, and real annotations as one JSONL.
+"""Prepares all that dipr1.py reads: scenes, a tiny checkpoint, and real annotations as one JSONL.
 
-    python data_prep.py synthetic --out data/synthetic --images 2000 --seed 0      crowds drawn by Pillow
-    python data_prep.py tiny --out data/tiny                                       a random Qwen2.5-VL, 1M
-    python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl
-    python data_prep.py citypersons CITYSCAPES --split train --out data/citypersons.jsonl
-    python data_prep.py widerpedestrian WIDER --split train --out data/wider.jsonl
-    python data_prep.py uavdt UAVDT --split train --stride 10 --out data/uavdt.jsonl
-    python data_prep.py coco COCO --split train --category person --out data/coco.jsonl
-    python data_prep.py refcoco REFCOCO --split train --out data/refcoco.jsonl     for Perception-R1: a phrase
-    python data_prep.py pixmo_count FILE.jsonl --out data/count.jsonl              a point on each
-    python data_prep.py ocr FILE.json --out data/ocr.jsonl                         a page
+    python data_prep.py synthetic --out data/synthetic --images 2000          crowds drawn by Pillow
+    python data_prep.py tiny --out data/tiny                                  a random Qwen2.5-VL, 1M
+    python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl --draw 4
+    python data_prep.py --help                                                all sources
 
 One line of the JSONL is one image, in pixels of the original image, boxes as x1, y1, x2, y2:
 
     {"image": path relative to the file, "width": W, "height": H, "target": "person",
      "boxes": [[x1, y1, x2, y2], ...], "ignore": [...]}
 
-`ignore` holds regions in which an unmatched detection is neither right nor wrong (a crowd too dense to
-annotate). Such files may be concatenated if they lie in one folder: each line has its own target. Other tasks
-than detection are named: "task" "grounding" has one box, "counting" has "points", "ocr" a "transcript".
+In an `ignore` region an unmatched detection is neither right nor wrong (a crowd too dense to annotate).
+"labels" and "ignore_labels" name the classes where there are several. Perception-R1's other tasks name their
+"task": "grounding" has one box, "counting" has "points" or only a "count", "ocr" has a "transcript".
+Files in one folder may be concatenated: each line has its own target.
 """
 import argparse
 import colorsys
 import contextlib
 import functools
-import heapq
+import hashlib
+import inspect
 import itertools
 import json
-import math
 import os
 import pickle
 import random
 import re
+import struct
 import sys
 import zlib
 from collections import Counter
@@ -39,44 +35,203 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from scipy.io.matlab import MatReadError
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from scipy.io.matlab import MatReadError, loadmat
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------
+# Files: what enters or leaves is checked here, and an error says where it is
+
+MALFORMED = (  # what readers of JSON, text, pickles, Matlab's files and images raise
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+    SyntaxError, EOFError, struct.error, zlib.error, pickle.UnpicklingError, MatReadError,
+    Image.DecompressionBombError)
+
+
+def reason(error):
+    """What an exception says, as part of a one-line message."""
+    if isinstance(error, (OSError, ValueError)):
+        return getattr(error, "strerror", None) or str(error)
+    return f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def reading(path, place=""):
+    """Turn whatever a malformed file raises into one line that says where the fault is."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise SystemExit(f"{path}{place and ', '}{place}: {reason(error)}") from None
 
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A text file to write beside `path`, renamed when it is complete: a reader sees the old file or the
-    whole new one, and after an error nothing of it."""
-    path = Path(path)
+    """A text file to write, renamed to `path` once it is complete; after an error nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    partial = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             yield file
-        os.replace(beside, path)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def write_jsonl(path, records):
-    """One record a line."""
-    with written_whole(path) as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+def text_lines(path):
+    """Yield ("line N", text) of a file, without blank lines; one line in memory at a time."""
+    with reading(path), open(path, "rb") as file:  # bytes: a line ends at a line feed, at no other separator
+        for number, line in enumerate(file, 1):
+            with reading(path, f"line {number}"):
+                line = line.decode("utf-8-sig").strip()  # without a byte order mark
+            if line:
+                yield f"line {number}", line
+
+
+def json_entries(path):
+    """Yield ("line N", object) of JSON lines, or ("entry N", object) of a file that is one JSON list."""
+    is_list = next(text_lines(path), ("", ""))[1].startswith("[")
+    with reading(path):
+        listed = enumerate(json.loads(Path(path).read_bytes()), 1) if is_list else ()
+    for place, value in ((f"entry {k}", value) for k, value in listed) if is_list else text_lines(path):
+        with reading(path, place):
+            value = value if is_list else json.loads(value)
+            if not isinstance(value, dict):
+                raise ValueError(f"a JSON object is expected, not {value!r:.40}")
+        yield place, value
+
+
+def parsed(path, entries, parse):
+    """Yield parse(entry) of (place, entry) pairs of a file. SystemExit says where and why that fails."""
+    for place, entry in entries:
+        with reading(path, place):
+            entry = parse(entry)
+        yield entry
+
+
+def read_jsonl(path, check):
+    """Read JSON lines -> [check(object), ...]. SystemExit names a line that is malformed or that fails."""
+    return list(parsed(path, json_entries(path), check))
+
+
+def count(number):
+    """A whole number of at least 1, from the command line."""
+    if int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return int(number)
+
+
+def as_text(value):
+    """A string that says something, without surrounding space; ValueError for everything else."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"a text is expected, not {value!r:.40}")
+    return value.strip()
+
+
+def check_rows(name, rows, k, width=None, height=None):
+    """Check that each row has exactly k finite numbers -> (n, k) array. ValueError names the first at fault.
+
+    With the size of an image, rows are boxes (k = 4) or points (k = 2) in its pixels: boxes have x1 < x2 and
+    y1 < y2, and a pixel of overhang, as rounding causes it, is clipped.
+    """
+    def require(good, why):
+        for number, (row, is_good) in enumerate(zip(rows, good), 1):
+            if not is_good:
+                raise ValueError(f"{name}, row {number}: {row!r:.80} {why}")
+
+    if not isinstance(rows, (list, tuple)):
+        raise ValueError(f"{name} must be a list of rows, not {rows!r:.80}")
+    require((isinstance(row, (list, tuple)) and len(row) == k
+             and all(type(v) in (int, float) and abs(v) < 1e9 for v in row)  # abs(nan) < 1e9 is false
+             for row in rows), f"is not {k} finite numbers")
+    table = np.array(rows, float).reshape(-1, k)
+    if width is None:
+        return table
+    pixels, inside = f"the {width} x {height} pixels of the image", table.clip(0, [width, height] * (k // 2))
+    require((abs(table - inside) <= 1).all(axis=1), f"is outside {pixels}")
+    require((inside[:, 2:] > inside[:, : k - 2]).all(axis=1), "does not have x1 < x2 and y1 < y2")
+    if len(table) and table.max() <= 1 and (table % 1).any():
+        raise ValueError(f"{name} are all between 0 and 1: fractions, where {pixels} are expected")
+    return inside
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Synthetic crowds: people who occlude each other, before a street that is not flat
+# Images: opened in one way, here and in dipr1.py
+
+Turn = Image.Transpose
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # EXIF orientation -> what undoes it
+LARGEST_RATIO = 200  # of the sides: Qwen's image processor refuses more
 
 
-OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # a pixel is the figure's where it is mostly there
+@contextlib.contextmanager
+def opened(path):
+    """Pillow's image, not decoded yet. OSError says plainly why it, or what is done with it, fails."""
+    try:
+        with Image.open(path) as image:
+            if max(image.size) > LARGEST_RATIO * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels: a ratio above {LARGEST_RATIO}")
+            yield image
+    except MALFORMED as error:
+        raise OSError(reason(error)) from None
 
 
-def vivid(rng, low=0.3, high=1.0):
-    """The colour of clothes: any hue, well saturated, brightness from `low` to `high`."""
-    hue, saturation, value = rng.random(), rng.uniform(0.6, 1.0), rng.uniform(low, high)
-    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+def orientation(image):
+    """The EXIF orientation, 1 (upright) to 8; 1 if it is damaged."""
+    try:
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own getexif would decode it
+        return value if value in TURNS else 1
+    except MALFORMED:
+        return 1
+
+
+def open_image(path):
+    """An image as people see it: upright, 8 bits, on white where it is transparent, RGB.
+
+    OSError, with a plain reason, for whatever cannot be opened or has a shape that the model refuses.
+    """
+    with opened(path) as image:
+        image.load()  # first, since some formats keep EXIF behind the pixels
+        turn = TURNS.get(orientation(image))
+        if image.mode[0] in "IF":  # grey of 16 bits or floats: Pillow's own conversion cuts it at 255
+            grey = np.nan_to_num(np.array(image, float), posinf=0, neginf=0)
+            whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # floats do not say their range
+            white = next((white for white in whites if grey.max() <= white), grey.max())
+            image = Image.fromarray((grey * 255 / white).clip(0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        return image if turn is None else image.transpose(turn)
+
+
+def image_size(path, no_verify=False):
+    """(width, height) of what `open_image` returns, or its OSError; no_verify: from the header alone."""
+    try:
+        if not no_verify:
+            return open_image(path).size
+        with opened(path) as image:
+            sideways = orientation(image) > 4 and image.format != "TIFF"  # whose header Pillow turns itself
+            return image.size[::-1] if sideways else image.size
+    except OSError as error:
+        return error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Synthetic crowds: people who occlude each other, before a textured street
+
+OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # pixels of a figure are those mostly opaque
+VIVID, GREYISH, NIGHT = (0.6, 1.0), (0.0, 0.3), (10, 12, 26)  # saturations of clothes; what darkness fades to
+CROWDS = {  # how many people, tries to place each; the largest IoU of two; light: 1 is day
+    "sparse": dict(people=(2, 5), tries=1, scale=1.0, overlap=0.4, saturation=VIVID, light=1.0),
+    "dense": dict(people=(5, 8), tries=40, scale=0.8, overlap=0.5, saturation=VIVID, light=1.0),
+    "night": dict(people=(3, 6), tries=40, scale=0.9, overlap=0.45, saturation=GREYISH, light=0.35)}
+
+
+def colorful(rng, saturation, low=0.3, high=1.0):
+    """The colour of clothes: any hue, of this saturation, brightness from `low` to `high`."""
+    color = rng.random(), rng.uniform(*saturation), rng.uniform(low, high)
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(*color))
 
 
 def muted(rng, low, high):
@@ -84,21 +239,17 @@ def muted(rng, low, high):
     return tuple(int(c) for c in rng.integers(low, high) + rng.integers(-12, 13, 3))
 
 
-def draw_person(rng, height):
-    """One standing or walking person, `height` pixels from crown to sole, on a transparent layer cut to its
-    outline.
-
-    Drawn twice too large and scaled down, so that limbs a pixel wide stay smooth.
-    """
-    h = 2 * height
+def draw_person(rng, height, saturation=VIVID):
+    """A standing or walking person, `height` pixels tall, on a transparent layer cut to the outline."""
+    h = 2 * height  # scaled down at the end, so that limbs a pixel wide stay smooth
     layer = Image.new("RGBA", (h, h))
     pen = ImageDraw.Draw(layer)
     skin = tuple(int(c) for c in np.array([236, 188, 150]) * rng.uniform(0.4, 1.0))
-    shirt, trousers, hair = vivid(rng), vivid(rng, 0.1, 0.5), muted(rng, 15, 70)
+    shirt, trousers = colorful(rng, saturation), colorful(rng, saturation, 0.1, 0.5)
+    hair = muted(rng, 15, 70)
     head, shoulder, lean = 0.13 * h, h * rng.uniform(0.09, 0.13), h * rng.uniform(-0.03, 0.03)
     middle, hip, neck = h / 2, 0.52 * h, 0.14 * h
     stride, swing = h * rng.uniform(0.02, 0.12), h * rng.uniform(0.02, 0.12)
-
     for side in (-1, 1):  # legs, then arms, one a side
         foot = (middle + side * stride, h - 1)
         pen.line([(middle + side * 0.04 * h, hip), foot], fill=trousers, width=max(3, int(0.075 * h)))
@@ -112,13 +263,13 @@ def draw_person(rng, height):
     x = middle + 1.3 * lean
     pen.ellipse([x - head / 2, 0, x + head / 2, 1.15 * head], fill=skin)
     pen.pieslice([x - head / 2, 0, x + head / 2, 1.15 * head], 180, 360, fill=hair)
-
     layer = layer.reduce(2)
     return layer.crop(layer.getchannel("A").point(OPAQUE).getbbox())
 
 
 def draw_street(rng, size):
-    """A background with texture: a wall with windows, a pavement, and blotches over both."""
+    """A background with texture: a wall with windows, a pavement, blotches over both, and at most two things
+    that are no person, lamp posts or bags -> (image, y of the horizon)."""
     street = Image.new("RGB", (size, size), muted(rng, 150, 230))
     pen = ImageDraw.Draw(street)
     horizon, window = int(size * rng.uniform(0.25, 0.45)), muted(rng, 90, 160)
@@ -128,115 +279,112 @@ def draw_street(rng, size):
     for y in np.geomspace(max(horizon, 1), size, 5)[1:-1]:
         pen.line([0, y, size, y], fill=muted(rng, 90, 160))
     blotches = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8), dtype=np.uint8))
-    return Image.blend(street, blotches.resize(street.size).convert("RGB"), 0.2), horizon
+    street = Image.blend(street, blotches.resize(street.size).convert("RGB"), 0.2)
+    pen = ImageDraw.Draw(street)
+    for _ in range(rng.integers(0, 3)):
+        x, y, color = int(rng.integers(0, size)), int(rng.integers(size // 2, size)), muted(rng, 30, 160)
+        if rng.random() < 0.5:
+            pen.line([x, y - size // 2, x, y], fill=color, width=2)
+            pen.ellipse([x - 3, y - size // 2 - 3, x + 3, y - size // 2 + 3], fill=(250, 240, 190))
+        else:
+            pen.rounded_rectangle([x, y, x + 9, y + 7], 2, fill=color)
+            pen.arc([x + 2, y - 4, x + 7, y + 4], 180, 360, fill=color)
+    return street, horizon
 
 
-def draw_distractor(rng, scene):
-    """Upright or small things that are nobody: a lamp post or a bag left behind."""
-    pen, size = ImageDraw.Draw(scene), scene.width
-    x, y, color = int(rng.integers(0, size)), int(rng.integers(size // 2, size)), muted(rng, 30, 160)
-    if rng.random() < 0.5:
-        pen.line([x, y - size // 2, x, y], fill=color, width=2)
-        pen.ellipse([x - 3, y - size // 2 - 3, x + 3, y - size // 2 + 3], fill=(250, 240, 190))
-    else:
-        pen.rounded_rectangle([x, y, x + 9, y + 7], 2, fill=color)
-        pen.arc([x + 2, y - 4, x + 7, y + 4], 180, 360, fill=color)
-
-
-def overlap(a, b):
-    """IoU of two boxes."""
+def iou(a, b):
+    """Intersection over union of two boxes."""
     inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
 
 
-def place_people(rng, size, horizon):
-    """Figures with their boxes, back to front: one to three clusters, and nearer people larger (perspective).
-    """
+def draw_scene(rng, size, people, tries, scale, overlap, saturation, light):
+    """A street with a crowd of one to three clusters, nearer people larger (perspective) -> (image, boxes,
+    ignore). Whoever is less than a fifth visible is in `ignore`."""
+    scene, horizon = draw_street(rng, size)
     centers = rng.uniform(0.15 * size, 0.85 * size, rng.integers(1, 4))
-    figures = []
-    for _ in range(rng.integers(2, 6)):
+    figures, wanted = [], rng.integers(people[0], people[1] + 1)
+    for _ in range(wanted * tries):
+        if len(figures) == wanted:
+            break
         sole = int(rng.uniform(horizon + 0.2 * size, size))
-        height = int((0.32 + 0.36 * (sole - horizon) / (size - horizon)) * size * rng.uniform(0.85, 1.1))
-        figure = draw_person(rng, height)
+        depth = (sole - horizon) / (size - horizon)
+        height = int((0.32 + 0.36 * depth) * size * rng.uniform(0.85, 1.1) * scale)
+        figure = draw_person(rng, height, saturation)
         left = int(rng.choice(centers) + rng.normal(0, 0.13 * size) - figure.width / 2)
         left, top = min(max(left, 0), size - figure.width), max(sole - figure.height, 0)
         box = [left, top, left + figure.width, top + figure.height]
-        if all(overlap(box, other) < 0.4 for _, other in figures):  # nobody stands inside somebody else
+        if all(iou(box, other) < overlap for _, other in figures):
             figures.append((figure, box))
-    return sorted(figures, key=lambda item: item[1][3])
-
-
-def draw_scene(rng, size):
-    """A street with up to five people: (image, boxes, ignore). Whoever is less than a fifth visible is an
-    ignore region."""
-    scene, horizon = draw_street(rng, size)
-    for _ in range(rng.integers(0, 3)):
-        draw_distractor(rng, scene)
-    figures, areas, owner = place_people(rng, size, horizon), [], np.zeros((size, size), int)
-    for number, (figure, (x1, y1, x2, y2)) in enumerate(figures, 1):
+    figures.sort(key=lambda item: item[1][3])  # back to front
+    outlines, owner = [], np.zeros((size, size), int)
+    for number, (figure, (x1, y1, x2, y2)) in enumerate(figures):
         scene.paste(figure, (x1, y1), figure)
-        outline = np.array(figure.getchannel("A").point(OPAQUE), bool)
-        owner[y1:y2, x1:x2][outline] = number
-        areas.append(outline.sum())
+        outlines.append(np.array(figure.getchannel("A").point(OPAQUE), bool))
+        owner[y1:y2, x1:x2][outlines[number]] = number + 1
     boxes, ignore = [], []
-    for number, (area, (_, box)) in enumerate(zip(areas, figures), 1):
-        (boxes if (owner == number).sum() >= 0.2 * area else ignore).append(box)
-    return scene, boxes, ignore
+    for number, (outline, (_, box)) in enumerate(zip(outlines, figures), 1):
+        (boxes if (owner == number).sum() >= 0.2 * outline.sum() else ignore).append(box)
+    return Image.blend(scene, Image.new("RGB", scene.size, NIGHT), 1 - light), boxes, ignore
 
 
-LETTERS = "ABCDEFGHJK"
-PHRASES = {  # of grounding: whoever of the boxes has the least of this
+PHRASES = {  # of grounding: the person whose box has the smallest key
     "the person furthest left": lambda box: box[0],
     "the person furthest right": lambda box: -box[2],
-    "the tallest person": lambda box: box[1] - box[3],
-}
+    "the tallest person": lambda box: box[1] - box[3]}
 
 
 def draw_page(rng, size, cell=28):
-    """A page of a few short words, one a line: (image, text). Each letter stands in one 28-pixel cell, which
-    is a visual token: a model this small does not learn in minutes to piece letters together."""
+    """A page of a few short words, one a line: (image, text). Each letter fills a cell of 28 pixels, which is
+    one visual token: a small model would not learn in minutes to put letters together."""
     page, cells = Image.new("RGB", (size, size), muted(rng, 225, 243)), size // cell
     lengths = rng.integers(1, cells + 1, rng.integers(1, cells))  # the last line stays empty
-    words = ["".join(rng.choice(list(LETTERS), length)) for length in lengths]
-    pen, font, color = ImageDraw.Draw(page), ImageFont.load_default(0.9 * cell), vivid(rng, 0.1, 0.4)
+    words = ["".join(rng.choice(list("ABCDEFGHJK"), length)) for length in lengths]
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(0.9 * cell)
+    color = colorful(rng, VIVID, 0.1, 0.4)
     for row, word in enumerate(words):
         for column, letter in enumerate(word):
             pen.text((cell * (column + 0.5), cell * (row + 0.5)), letter, font=font, fill=color, anchor="mm")
     return page, "\n".join(words)
 
 
-def save_scene(job):
-    """Draw scene `number` of `seed` (its own generator: the scene depends on nothing else), save it, and
-    return its record, as the task asks."""
-    folder, seed, number, size, task = job
-    rng, name = np.random.default_rng([seed, number]), f"images/{number:06d}.png"
-    about = {"image": name, "width": size, "height": size, "target": "person", "task": task}
+def save_scene(out, seed, number, size, task, crowd):
+    """Draw and save scene `number`, which depends on the seed and the crowd alone -> its record."""
+    # numpy ignores a trailing 0 of its seed: that is the sparse crowd.
+    rng, name = np.random.default_rng([seed, number, list(CROWDS).index(crowd)]), f"images/{number:06d}.png"
+    record = {"image": name, "width": size, "height": size, "target": "person", "task": task}
     if task == "ocr":
-        scene, about["transcript"] = draw_page(rng, size)
+        scene, record["transcript"] = draw_page(rng, size)
     else:
-        scene, boxes, ignore = draw_scene(rng, size)
-    scene.save(folder / name, compress_level=1)
+        scene, boxes, ignore = draw_scene(rng, size, **CROWDS[crowd])
+    scene.save(out / name, compress_level=1)
+    if task == "detection":
+        record |= {"boxes": boxes, "ignore": ignore}
     if task == "grounding":
         phrase = str(rng.choice(list(PHRASES)))
-        about |= {"target": phrase, "boxes": [min(boxes, key=PHRASES[phrase])]}
+        record |= {"target": phrase, "boxes": [min(boxes, key=PHRASES[phrase])]}
     if task == "counting":
-        about["points"] = [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in boxes]
-    if task == "detection":
-        about |= {"boxes": boxes, "ignore": ignore}
-    return about
+        record["points"] = [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in boxes]
+    return record
 
 
-def synthetic(out, images, seed, size=112, val=None, task="detection"):
-    """Draw `images` scenes into `out`: train.jsonl, and the last `val` of them (default a tenth) into
-    val.jsonl, each with what the task asks for."""
-    out = Path(out)
+def synthetic(out: Path, images: count = 2000, seed: int = 0, size: int = 112, val: count = None,
+              task: ("detection", "grounding", "counting", "ocr") = "detection",
+              crowd: tuple(CROWDS) = "sparse"):
+    """Draw scenes, `size` pixels wide and high: val.jsonl has the last `val` (default a tenth), train.jsonl
+    the rest. `task` is what is asked of them; `crowd` is a row of CROWDS."""
+    if size < 56:
+        raise SystemExit(f"--size {size} is too small for a scene: at least 56 pixels")
+    out, train = Path(out), images - (max(1, images // 10) if val is None else val)
+    if train < 1:
+        raise SystemExit(f"--images {images} is too few: val.jsonl takes all of them, or more")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    val = max(1, images // 10) if val is None else val
-    jobs = [(out, seed, number, size, task) for number in range(images)]
+    draw = functools.partial(save_scene, out, seed, size=size, task=task, crowd=crowd)
     with ProcessPoolExecutor() as pool:
-        records = list(tqdm(pool.map(save_scene, jobs, chunksize=64), "drawing scenes", len(jobs)))
-    write_jsonl(out / "train.jsonl", records[: images - val])
-    write_jsonl(out / "val.jsonl", records[images - val :])
+        records = list(tqdm(pool.map(draw, range(images), chunksize=64), "drawing scenes", images))
+    for name, part in ("train.jsonl", records[:train]), ("val.jsonl", records[train:]):
+        with written_whole(out / name) as file:
+            file.writelines(json.dumps(record) + "\n" for record in part)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,16 +407,11 @@ QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered 
 )
 
 
-def tiny_tokenizer(size, questions):
-    """256 bytes, so that any text can be written, and one token for whatever the template writes often.
-
-    The prompt's fixed sentences are a token each, and so is a number with the comma after it: a box costs 5
-    tokens (the real tokenizer spends 15 to 35). Short sequences are what makes the demo quick.
-    """
+def tiny_tokenizer(size, texts):
+    """256 bytes, which write any text, and one token for whatever is written often, such as a number with its
+    comma: a box costs 5 tokens (15 to 35 with the real tokenizer), which makes the demo quick."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from dipr1 import CHAT
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
@@ -276,14 +419,12 @@ def tiny_tokenizer(size, questions):
     bytewise.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768,
-    )
-    prompt = CHAT + "<|im_end|>".join(questions)
-    fixed = re.split(r"<\|.*?\|>|\{.*?\}", prompt)  # without special tokens and {target}
+        extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768)
+    fixed = re.split(r"<\|.*?\|>|\{.*?\}", "<|im_end|>".join(texts))  # without special tokens and {target}
     sentences = [sentence for sentence in fixed if len(sentence) > 1]
     tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
     numbers = [f"{number}{comma}" for number in range(size + 1) for comma in ("", ", ")]
-    glue = ["[[", "], [", "]]", "[]", "person", " people, ", " to look at"]
+    glue = ["[[", "], [", "]]", "[]", "person", " in sight, ", " to look at"]
     tokenizer.add_tokens(sentences + tags + numbers + glue)
     tokenizer.chat_template = QWEN_CHAT_TEMPLATE
     return tokenizer
@@ -291,36 +432,23 @@ def tiny_tokenizer(size, questions):
 
 def smooth_numbers(embeddings, tokenizer, size, rng):
     """Start neighbouring numbers as neighbours: a random walk, smoothed over a few pixels, through embedding
-    space; and numbers with a comma apart from numbers without by one direction that all of them share.
-
-    A pretrained model knows that 41 is close to 42. Without that, the demo would spend its minutes on
-    learning it.
-    """
-    import torch
-
+    space; one direction, common to all, sets numbers with a comma apart. A pretrained model knows that 41 is
+    close to 42, and the demo is too short to learn it."""
     walk = gaussian_filter1d(rng.standard_normal((size + 1, embeddings.shape[1])), sigma=3, axis=0)
     walk *= embeddings.std().item() / walk.std()
     for comma in ("", ", "):
         ids = tokenizer.convert_tokens_to_ids([f"{number}{comma}" for number in range(size + 1)])
         kind = rng.standard_normal(embeddings.shape[1]) * embeddings.std().item()
-        with torch.no_grad():
-            embeddings[ids] = 0.3 * embeddings[ids] + torch.from_numpy(walk + kind).to(embeddings)
+        embeddings[ids] = 0.3 * embeddings[ids] + embeddings.new_tensor(walk + kind)
 
 
-def tiny(out, seed=0, size=112, questions=None):
+def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
     """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
-    It knows the words of `questions` (default: DIP-R1's).
-    """
+    `texts` are templates of the prompts that it will read: each fixed sentence becomes one token."""
     import torch
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2VLImageProcessorPil,
-    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-    from dipr1 import QUESTION
-
-    tokenizer = tiny_tokenizer(size, [QUESTION] if questions is None else questions)
+    tokenizer = tiny_tokenizer(size, texts)
     token = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
@@ -329,20 +457,16 @@ def tiny(out, seed=0, size=112, questions=None):
         # picture's four columns of tokens would all look like one.
         rope_parameters=dict(rope_type="default", rope_theta=10.0, mrope_section=[4, 6, 6]),
         bos_token_id=token("<|endoftext|>"), pad_token_id=token("<|endoftext|>"),
-        eos_token_id=token("<|im_end|>"),
-    )
-    vision = dict(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
-        fullatt_block_indexes=[1], initializer_range=0.05,
-    )
+        eos_token_id=token("<|im_end|>"))
+    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+                  fullatt_block_indexes=[1], initializer_range=0.05)
     config = Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
-    )
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    smooth_numbers(model.get_input_embeddings().weight, tokenizer, size, np.random.default_rng(seed))
+    smooth_numbers(model.get_input_embeddings().weight.data, tokenizer, size, np.random.default_rng(seed))
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]  # two, as Qwen's
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -351,213 +475,210 @@ def tiny(out, seed=0, size=112, questions=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Real annotations: a function a source, each yields (image path, boxes, ignore regions), all x1, y1, x2, y2
+# Readers: a function per source, which yields (image path, fields of its line)
 
 
-def corners(x, y, w, h):
-    """A box given by its corner and size -> x1, y1, x2, y2. Coordinates are 0-based: no shift by one."""
-    x, y, w, h = map(float, (x, y, w, h))
+def corners(row):
+    """[x, y, width, height] -> [x1, y1, x2, y2]. Coordinates are 0-based: no shift by one."""
+    ((x, y, w, h),) = check_rows("box", [row], 4).tolist()
     return [x, y, x + w, y + h]
 
 
+def detection(target, people):
+    """The fields of an image from (is it a target?, [x, y, width, height]) pairs."""
+    fields = {"target": target, "boxes": [], "ignore": []}
+    for is_target, row in people:
+        fields["boxes" if is_target else "ignore"].append(corners(row))
+    return fields
+
+
+def boxes_by_key(path, parse):
+    """{key: boxes} of a text file whose lines `parse` turns into (key, boxes); {} where there is no file."""
+    table = {}
+    for key, boxes in parsed(path, text_lines(path), parse) if path.is_file() else ():
+        table.setdefault(key, []).extend(boxes)
+    return table
+
+
 def find(root, *names):
-    """The first of these paths that exists below `root`, or SystemExit says what was looked for and where."""
+    """The first of these paths that exists below `root`; SystemExit says what was expected and where."""
     for name in names:
         if (Path(root) / name).exists():
             return Path(root) / name
     raise SystemExit(f"{root}: unknown layout, looked there for " + ", or ".join(names))
 
 
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, OSError,
-             NotImplementedError, MatReadError, zlib.error, pickle.UnpicklingError)
+def image_finder(root, split):
+    """A function from an image's name in the annotations to the path below `root` that ends in all of it.
+
+    Folders of another split are passed over: "train", "val" or "test" is a word of their names, as in val2017
+    or sur_train (and not in contest).
+    """
+    root, paths = Path(os.path.abspath(root)), {}
+    for folder, _, names in os.walk(root):
+        splits = {"train", "val", "test"} & set(re.findall("[a-z]+", os.path.relpath(folder, root).lower()))
+        for name in names if split in splits or not splits else ():
+            paths.setdefault(name, []).append(Path(folder, name))
+
+    def locate(name):
+        parts = Path(as_text(name).replace("\\", "/")).parts
+        exact = root.joinpath(*parts)
+        ends = [path for path in paths.get(exact.name, []) if path.parts[-len(parts) :] == parts]
+        if exact.is_file() or not ends:
+            return exact
+        if len(ends) > 1:
+            raise SystemExit(f"{name} may be {ends[0]} or {ends[1]}: remove one of them from below {root}")
+        return ends[0]
+
+    return locate
 
 
-@contextlib.contextmanager
-def reading(path, place=""):
-    """Turn whatever a malformed annotation raises into one line that says where it stands."""
-    try:
-        yield
-    except MALFORMED as error:
-        raise SystemExit(f"{path}{place and ', '}{place}: {type(error).__name__}: {error}") from None
+def crowdhuman(root, split: ("train", "val"), target: str = "person"):
+    """`annotation_<split>.odgt`, an image per line, beside the folder `Images`.
 
-
-def numbered_lines(path):
-    """(line number from 1, line) of a text file, blank lines left out; one line in memory at a time."""
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def images_by_name(root, split):
-    """{base name: paths} of the files below `root`, without folders that belong to another split alone."""
-    found = {}
-    for folder, _, files in os.walk(root):
-        named_splits = re.findall("train|val|test", os.path.relpath(folder, root))
-        if not named_splits or split in named_splits:
-            for file in files:
-                found.setdefault(file, []).append(Path(folder, file))
-    return found
-
-
-def locate(name, images, root):
-    """The path of an image that annotations call `name`: as it stands below `root`, or by its base name."""
-    paths = images.get(Path(name).name, [])
-    if (Path(root) / name).is_file() or not paths:
-        return Path(root) / name
-    if len(paths) > 1:
-        raise SystemExit(f"{name} could be {paths[0]} or {paths[1]}: remove one of them from below {root}")
-    return paths[0]
-
-
-def crowdhuman(root, split):
-    """`annotation_<split>.odgt`, an image a line, beside the folder `Images`.
-
-    The box is `fbox`, the whole person with what others hide, as the benchmark evaluates it. Tag "mask" and
-    extra.ignore are ignore regions; `head_attr.ignore` concerns heads only.
+    The box is `fbox`, the whole person with occluded parts, as the benchmark evaluates it. Tag "mask" and
+    extra.ignore mark ignore regions; `head_attr.ignore` concerns heads only.
     """
     path, images = find(root, f"annotation_{split}.odgt"), find(root, "Images")
-    for number, line in numbered_lines(path):
-        boxes, ignore = [], []
-        with reading(path, f"line {number}"):
-            entry = json.loads(line)
-            for person in entry["gtboxes"]:
-                masked = person["tag"] != "person" or person.get("extra", {}).get("ignore", 0) != 0
-                (ignore if masked else boxes).append(corners(*person["fbox"]))
-            image = images / f"{entry['ID']}.jpg"
-        yield image, boxes, ignore
+
+    def parse(entry):
+        people = [(person["tag"] == "person" and not person.get("extra", {}).get("ignore"), person["fbox"])
+                  for person in entry["gtboxes"]]
+        return images / f"{entry['ID']}.jpg", detection(target, people)
+
+    return parsed(path, json_entries(path), parse)
 
 
-def citypersons_mat(path, split):
-    """Yield (city, image name, [(is pedestrian, x, y, w, h)]) from `anno_<split>.mat`."""
-    from scipy.io import loadmat
+def citypersons(root, split: ("train", "val"), target: str = "pedestrian"):
+    """`anno_<split>.mat` or the JSON files of `gtBboxCityPersons`, with the images in `leftImg8bit`.
 
-    with reading(path):
-        cells = loadmat(path)[f"anno_{split}_aligned"][0]
-    for number, cell in enumerate(cells, 1):
-        with reading(path, f"image {number}"):
-            city, name, rows = (np.ravel(cell)[0][part] for part in ("cityname", "im_name", "bbs"))
-            # uint8 here, int16 there, as the image's largest number needs: 200 + 100 would be 44.
-            labelled = [(row[0] == 1, *row[1:5]) for row in rows.astype(np.int64).reshape(-1, 10)]
-        yield city.item(), name.item(), labelled
-
-
-def citypersons_json(folder, split):
-    """The same from `gtBboxCityPersons/<split>/<city>/<name>_gtBboxCityPersons.json`."""
-    for path in sorted(folder.glob("*/*_gtBboxCityPersons.json")):
-        with reading(path):
-            entries = json.loads(path.read_text(encoding="utf-8"))["objects"]
-            labelled = [(entry["label"] == "pedestrian", *entry["bbox"]) for entry in entries]
-        yield path.parent.name, path.name.replace("gtBboxCityPersons.json", "leftImg8bit.png"), labelled
-
-
-def citypersons(root, split):
-    """Either form of the annotations, with the images in `leftImg8bit/<split>/<city>`.
-
-    The full boxes of pedestrians are the targets; riders, sitting people, other postures, groups and what is
-    marked so are ignore regions, as in the standard protocol.
+    As in the standard protocol, the full boxes of pedestrians are the targets; riders, sitting people, groups
+    and all else are ignore regions.
     """
     images = find(root, f"leftImg8bit/{split}")
     path = find(root, f"annotations/anno_{split}.mat", f"gtBboxCityPersons/{split}")
-    for city, name, labelled in (citypersons_json if path.is_dir() else citypersons_mat)(path, split):
-        with reading(path, name):
-            boxes = [corners(*box) for is_pedestrian, *box in labelled if is_pedestrian]
-            ignore = [corners(*box) for is_pedestrian, *box in labelled if not is_pedestrian]
-        yield images / city / name, boxes, ignore
+
+    def parse_cell(cell):
+        city, name, rows = (np.ravel(cell)[0][part] for part in ("cityname", "im_name", "bbs"))
+        # As Python's integers: in the file's own type, often uint8, 200 + 100 would be 44.
+        people = [(row[0] == 1, row[1:5]) for row in rows.reshape(-1, 10).tolist()]
+        return images / city.item() / name.item(), detection(target, people)
+
+    def parse_file(file):
+        data = json.loads(file.read_bytes())
+        people = [(entry["label"] == "pedestrian", entry["bbox"]) for entry in data["objects"]]
+        image = images / file.parent.name / file.name.replace("gtBboxCityPersons.json", "leftImg8bit.png")
+        return image, {**detection(target, people), "size": (data.get("imgWidth"), data.get("imgHeight"))}
+
+    if path.is_dir():
+        files = sorted(path.glob("*/*_gtBboxCityPersons.json"))
+        return parsed(path, ((file.name, file) for file in files), parse_file)
+    with reading(path):
+        cells = loadmat(path)[f"anno_{split}_aligned"][0]
+    return parsed(path, ((f"image {number}", cell) for number, cell in enumerate(cells, 1)), parse_cell)
 
 
-def wider_line(line, numbers_a_box=None):
+def wider_line(line, width=None):
     """`imgNNNNN.jpg (c x y w h)*` of 2018 or `surNNNNN.jpg (x y w h)*` of 2019 -> (name, boxes).
 
-    Twenty numbers may be four boxes of 2018 or five of 2019: the name's prefix tells. A bare name is an empty
-    image.
+    Twenty numbers may be four boxes or five: the name's prefix decides. A bare name is an empty image.
     """
     name, *numbers = line.split()
     prefix = re.match("img|sur|ad", name)
     if prefix is None:
-        raise ValueError(f"{name!r} is no image of 2018 (img...) nor of 2019 (sur..., ad...)")
-    width = numbers_a_box or (5 if prefix[0] == "img" else 4)
+        raise ValueError(f"{name!r} is an image neither of 2018 (img...) nor of 2019 (sur..., ad...)")
+    width = width or (5 if prefix[0] == "img" else 4)
     if len(numbers) % width:
-        raise ValueError(f"{len(numbers)} numbers behind {name}, where every box has {width}")
-    rows = [[float(number) for number in numbers[k : k + width]] for k in range(0, len(numbers), width)]
+        raise ValueError(f"{len(numbers)} numbers after {name}, where every box has {width}")
+    rows = np.reshape([float(number) for number in numbers], (-1, width)).tolist()
     if width == 5 and any(row[0] not in (1, 2) for row in rows):
         raise ValueError("a class that is neither 1 (pedestrian) nor 2 (cyclist)")
-    return name, [corners(*row[-4:]) for row in rows]
+    return name, [corners(row[-4:]) for row in rows]
 
 
-def widerpedestrian(root, split):
+def widerpedestrian(root, split: ("train", "val"), target: str = "person"):
     """The text files of 2018 or 2019, images anywhere below `root`. Pedestrians and cyclists are merged."""
     path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
-    beside = [p for p in path.parent.glob("*.txt") if "ignore" in p.name and split in p.name]
-    images, ignore = images_by_name(root, split), {}
-    for ignore_path in beside:
-        for number, line in numbered_lines(ignore_path):
-            with reading(ignore_path, f"line {number}"):
-                name, regions = wider_line(line, numbers_a_box=4)
-            ignore.setdefault(name, []).extend(regions)
-    for number, line in numbered_lines(path):
-        with reading(path, f"line {number}"):
-            name, boxes = wider_line(line)
-        yield locate(name, images, root), boxes, ignore.get(name, [])
+    beside = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
+    ignored = [boxes_by_key(file, functools.partial(wider_line, width=4)) for file in beside]
+    locate = image_finder(root, split)
+    for name, boxes in boxes_by_key(path, wider_line).items():
+        ignore = [region for regions in ignored for region in regions.get(name, [])]
+        yield locate(name), {"target": target, "boxes": boxes, "ignore": ignore}
 
 
 UAVDT_TEST = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M0802 M1001 M1004 M1007 M1009
     M1101 M1301 M1302 M1303 M1401""".split()  # the other sequences are for training
 
 
-def uavdt_rows(path, categories):
-    """{frame: boxes} of a file whose rows are `frame,target,left,top,width,height,_,_,category`, sorted by
-    target and not by frame."""
-    frames = {}
-    for number, line in numbered_lines(path):
-        with reading(path, f"line {number}"):
-            frame, _, left, top, width, height, _, _, category = map(int, line.split(","))
-            if category not in categories:
-                raise ValueError(f"category {category}: wanted is the form of *_gt_whole.txt, with 1, 2 or 3")
-            frames.setdefault(frame, []).append(corners(left, top, width, height))
-    return frames
+def uavdt(root, split: ("train", "test"), target: str = "vehicle", stride: count = 1):
+    """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt`.
 
+    Cars, trucks and buses are one class. `stride` N takes every N-th frame: neighbours are nearly the same.
+    """
+    def parse(categories, line):  # lines are sorted by the target, not by the frame
+        frame, _, *box, _, _, category = map(int, line.split(","))
+        if category not in categories:
+            raise ValueError(f"category {category}: the form of *_gt_whole.txt is needed, with 1, 2 or 3")
+        return frame, [corners(box)]
 
-def uavdt(root, split, stride=1):
-    """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt`; cars, trucks and buses
-    are one class. Every `stride`-th frame: neighbours are all but the same picture."""
     images, truths = find(root, "UAV-benchmark-M"), find(root, "GT", "UAV-benchmark-MOTD_v1.0/GT")
     names = {path.name.split("_")[0] for folder in (images, truths) for path in folder.glob("M*")}
     for name in sorted(name for name in names if (name in UAVDT_TEST) == (split == "test")):
-        if not (truths / f"{name}_gt_whole.txt").is_file():
-            raise SystemExit(f"{truths} lacks {name}_gt_whole.txt ({name}_gt.txt has no classes: not enough)")
-        boxes, ignore = uavdt_rows(truths / f"{name}_gt_whole.txt", (1, 2, 3)), {}
-        if (truths / f"{name}_gt_ignore.txt").is_file():
-            ignore = uavdt_rows(truths / f"{name}_gt_ignore.txt", (-1,))
+        whole = find(truths, f"{name}_gt_whole.txt")  # and not _gt.txt, which has no classes
+        boxes = boxes_by_key(whole, functools.partial(parse, (1, 2, 3)))
+        ignore = boxes_by_key(truths / f"{name}_gt_ignore.txt", functools.partial(parse, (-1,)))
         on_disk = {int(p.stem[3:]) for p in (images / name).glob("img[0-9]*.jpg")}  # frames without a box too
         for frame in sorted(on_disk | boxes.keys())[::stride]:
-            yield images / name / f"img{frame:06d}.jpg", boxes.get(frame, []), ignore.get(frame, [])
+            fields = {"target": target, "boxes": boxes.get(frame, []), "ignore": ignore.get(frame, [])}
+            yield images / name / f"img{frame:06d}.jpg", fields
 
 
-def coco(root, split, category="person", annotations=None):
-    """Any COCO-form JSON, images found by base name below `root`: one category; `iscrowd` is an ignore
-    region. Images without it stay in, as empty ones."""
-    path = Path(annotations) if annotations else find(root, f"annotations/instances_{split}2017.json")
-    if not path.is_file():
-        raise SystemExit(f"{path} is not there")
+def by_id(entries):
+    """{id: entry}. Two different entries of one id are an error: one would be lost."""
+    table = {}
+    for entry in entries:
+        if table.setdefault(entry["id"], entry) != entry:
+            raise ValueError(f"two entries have the id {entry['id']!r}")
+    return table
+
+
+def coco(root, split: ("train", "val", "test"), target: str = None, category: str = "person",
+         annotations: Path = None):
+    """COCO-form JSON, images anywhere below `root`: a `category`, or "all" of them with a label for each box.
+
+    `annotations` is a file other than the official one. `iscrowd` and `ignore` mark ignore regions. Images
+    without a box stay in. A malformed annotation leaves out its image: where the truth misses a box, a right
+    answer would be punished.
+    """
+    path = annotations or find(root, f"annotations/instances_{split}2017.json")
     with reading(path):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        ids = {entry["name"]: entry["id"] for entry in data["categories"]}
-        names = {entry["id"]: str(entry["file_name"]) for entry in data["images"]}
-        entries = data["annotations"]
-    if category not in ids:
-        raise SystemExit(f"{path} has no category {category!r}, but " + ", ".join(map(repr, ids)))
-    boxes, ignore = {image: [] for image in names}, {image: [] for image in names}
+        data = json.loads(path.read_bytes())
+        images = dict(sorted(by_id(data["images"]).items()))  # in the order of the official toolkit
+        entries = list(data["annotations"])
+        names = {number: as_text(entry["name"]) for number, entry in by_id(data["categories"]).items()}
+    wanted = [name for name in dict.fromkeys(names.values()) if category in (name, "all")]
+    if not wanted:
+        raise SystemExit(f"{path} has no category {category!r}, but " + ", ".join(map(repr, names.values())))
+    kinds = ("boxes", "ignore", "labels", "ignore_labels")[: 4 if category == "all" else 2]
+    truths = {number: {kind: [] for kind in kinds} for number in images}
     for number, entry in enumerate(entries, 1):
         with reading(path, f"annotation {number}"):
-            if entry["category_id"] == ids[category]:
-                kind = ignore if entry.get("iscrowd", 0) else boxes
-                kind[entry["image_id"]].append(corners(*entry["bbox"]))
-    images = images_by_name(root, split)
-    for image, name in names.items():
-        yield locate(name, images, root), boxes[image], ignore[image]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Perception-R1's other tasks: a function a source, each yields (image path, what its line says beside that)
+            fields = truths.setdefault(entry["image_id"], {kind: [] for kind in kinds})
+        try:
+            label, ignored = names[entry["category_id"]], entry.get("iscrowd") or entry.get("ignore")
+            if label in wanted:
+                fields["ignore" if ignored else "boxes"].append(corners(entry["bbox"]))
+                fields.get("ignore_labels" if ignored else "labels", []).append(label)
+        except MALFORMED as error:
+            fields["fault"] = f"annotation {number}: {reason(error)}"
+    for number in (number for number in truths if number not in images):
+        yield path, {"fault": f"it annotates image {number!r}, which is not listed"}
+    locate = image_finder(root, split)
+    for number, entry in images.items():
+        with reading(path, f"image {number}"):
+            image, size = locate(entry["file_name"]), (entry.get("width"), entry.get("height"))
+        yield image, {"target": target or ", ".join(wanted), "size": size, **truths[number]}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -567,304 +688,252 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, and plain data needs no class")
 
 
-def refcoco(root, split, refs=None):
-    """RefCOCO, RefCOCO+, RefCOCOg: `refs(*).p`, `instances.json`, COCO's images below. A phrase is a line."""
-    candidates = sorted(Path(root).glob(refs or "refs(*).p"))
-    if len(candidates) != 1:
-        found = ", ".join(path.name for path in candidates) or "none"
-        raise SystemExit(f"{root}: one file refs(*).p is needed, found {found}; --refs names it")
-    path, instances = candidates[0], find(root, "instances.json")
+def refcoco_refs(path, split, image_folder):
+    """A file `refs(*).p`, with `instances.json` beside it and COCO's images anywhere below."""
+    instances = find(path.parent, "instances.json")
     with reading(path), open(path, "rb") as file:
         entries = PlainUnpickler(file, encoding="latin1").load()
+        entries = [entry for entry in entries if entry["split"] == split]
     with reading(instances):
-        data = json.loads(instances.read_text(encoding="utf-8"))
-        names = {entry["id"]: str(entry["file_name"]) for entry in data["images"]}
-        boxes = {entry["id"]: corners(*entry["bbox"]) for entry in data["annotations"]}
-    images = images_by_name(root, "train")  # all of RefCOCO's are from COCO's train2014
-    for number, entry in enumerate(entries, 1):
-        with reading(path, f"reference {number}"):
-            wanted, image, box = entry["split"] == split, names[entry["image_id"]], boxes[entry["ann_id"]]
-            phrases = [str(sentence["sent"]) for sentence in entry["sentences"]]
-        for phrase in phrases if wanted else ():
-            yield locate(image, images, root), {"task": "grounding", "target": phrase, "boxes": [box]}
+        data = json.loads(instances.read_bytes())
+        images, annotations = by_id(data["images"]), by_id(data["annotations"])
+    locate = image_finder(image_folder or path.parent, "train")  # all of its images are from train2014
+    for entry in entries:
+        with reading(path, f"reference {entry.get('ref_id')}"):
+            image = locate(images[entry["image_id"]]["file_name"])
+            box = corners(annotations[entry["ann_id"]]["bbox"])
+            phrases = [as_text(sentence["sent"]) for sentence in entry["sentences"]]
+        for phrase in phrases:
+            yield image, {"task": "grounding", "target": phrase, "boxes": [box]}
 
 
-def pixmo_count(root):
-    """PixMo-Count exported as JSONL, {"image": path, "points": [{"x": .., "y": ..}], "count": n, "label": ..}
-    a line, points in pixels. (PixMo-Points, a sister of it, is in percent of the image: scale it first.)"""
-    path = find(Path(root).parent, Path(root).name)
-    for number, line in numbered_lines(path):
-        with reading(path, f"line {number}"):
-            entry = json.loads(line)
-            points = [[float(point["x"]), float(point["y"])] for point in entry["points"]]
-            if len(points) != entry["count"]:
-                raise ValueError(f"count is {entry['count']}, but there are {len(points)} points")
-            asked = {"task": "counting", "target": str(entry["label"]), "points": points}
-            image = path.parent / entry["image"]
-        yield image, asked
+@functools.cache
+def files_by_hash(folder):
+    """{sha256 of the content: path} of the files below `folder`."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
 
 
-def ocr(root):
+def listed(root, image_folder, truth):
+    """A JSON list or JSON lines: an entry names its `image`, and `truth` reads the fields from the rest.
+
+    Where an entry has only the image's URL, as in PixMo, its `image_sha256` says which file is meant.
+    """
+    folder = Path(image_folder or Path(root).parent)
+
+    def parse(entry):
+        fields = truth(entry)
+        if "image" in entry:
+            return folder / as_text(entry["image"]), fields
+        if not image_folder:
+            raise ValueError("it has no image: for image_url, --image_folder says where the downloads are")
+        digest = as_text(entry["image_sha256"])
+        return files_by_hash(folder).get(digest, folder / digest), fields
+
+    return parsed(root, json_entries(root), parse)
+
+
+def said_by(speaker, entry):
+    """What the only turn of this speaker says in a conversation."""
+    (text,) = [turn["value"] for turn in entry["conversations"] if turn["from"] == speaker]
+    return text
+
+
+def refcoco(root, split: ("train", "val", "test", "testA", "testB") = None, image_folder: Path = None,
+            scale: count = None):
+    """RefCOCO, RefCOCO+, RefCOCOg, a phrase per line: `refs(*).p`, its folder, or a list as VLM-R1 has it.
+
+    A list is in pixels, or goes from 0 to `scale` (Perception-R1: 1000); its paths start in `image_folder`.
+    """
+    def truth(entry):
+        phrase = entry.get("normal_caption") or entry.get("problem") or said_by("human", entry)
+        phrase = as_text(phrase).rpartition("sentence describes:")[2].replace("<image>", "")  # of VLM-R1
+        answer = entry["solution"] if "solution" in entry else said_by("gpt", entry)
+        # The box is a list, or the only one in a text: {"bbox_2d": [1, 2, 3, 4]}, <answer>[1, 2]</answer>.
+        boxes = re.findall(r"\[[^][]*\]", answer if isinstance(answer, str) else json.dumps(answer))
+        if len(boxes) != 1:
+            raise ValueError(f"one box is expected, not {answer!r:.80}")
+        boxes = check_rows("box", [json.loads(boxes[0])], 4).tolist()
+        return {"task": "grounding", "target": phrase.strip(" \n."), "boxes": boxes, "scale": scale}
+
+    path = Path(root)
+    found = sorted(path.glob("refs(*).p")) if path.is_dir() else [path]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise SystemExit(f"{root}: one file refs(*).p is needed, found {names}; name it as ROOT")
+    is_list = found[0].suffix != ".p"
+    if is_list == bool(split) or scale and not is_list:
+        raise SystemExit(f"{root}: refs(*).p needs --split and no --scale; a list of one split, no --split")
+    questions = listed(path, image_folder, truth) if is_list else refcoco_refs(found[0], split, image_folder)
+    return sorted(questions, key=lambda question: question[0])  # so that each image is opened once
+
+
+def pixmo_count(root, image_folder: Path = None):
+    """PixMo-Count as JSON lines, {"image" or "image_url", "count", "points", "label"}, points in pixels.
+
+    Files in `image_folder` may have any name: they are known by their `image_sha256`. (PixMo-Points, another
+    data set, is in percent of the image: scale it first.)
+    """
+    def truth(entry):
+        points, count = entry.get("points") or [], entry["count"]
+        if isinstance(points, dict):  # a pair of lists, as published
+            points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=True)]
+        if type(count) is not int or count < 0 or points and len(points) != count:
+            raise ValueError(f"count is {count!r}, but there are {len(points)} points")
+        fields = {"task": "counting", "target": as_text(entry["label"])}
+        if count and not points:  # of val and test only the count is published
+            return {**fields, "count": count}
+        return {**fields, "points": check_rows("points", [[p["x"], p["y"]] for p in points], 2).tolist()}
+
+    return listed(root, image_folder, truth)
+
+
+def ocr(root, image_folder: Path = None):
     """`[{"image": path, "conversations": [{"from": "human", ..}, {"from": "gpt", "value": the text}]}]`."""
-    path = find(Path(root).parent, Path(root).name)
-    with reading(path):
-        entries = list(json.loads(path.read_text(encoding="utf-8")))
-    for number, entry in enumerate(entries, 1):
-        with reading(path, f"entry {number}"):
-            (text,) = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
-            image = path.parent / entry["image"]
-            asked = {"task": "ocr", "target": "text", "transcript": str(text)}
-        yield image, asked
+    def truth(entry):
+        return {"task": "ocr", "target": "text", "transcript": as_text(said_by("gpt", entry))}
+
+    return listed(root, image_folder, truth)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # From annotations to the JSONL
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # by Pillow, of broken files
+MAX_BOXES = 40  # of an image to train on: a box costs 21 tokens or more, and an answer has 1,024
 
 
-def image_size(path, verify=True):
-    """(width, height) of an image as people see it, upright. With `verify` it is decoded to the last pixel;
-    one of UNREADABLE is raised if that fails."""
-    with Image.open(path) as image:
-        if verify:
-            image.load()
-        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size[::-1] if lies_on_its_side else image.size
-
-
-def measure(annotation, verify):
-    """(image, ...) -> the same, the image's size (None: unreadable) and the reason."""
-    try:
-        return *annotation, image_size(annotation[0], verify), ""
-    except UNREADABLE as error:
-        return *annotation, None, str(error)
-
-
-def measured(annotations, verify):
-    """`measure` all, in order. Decoding uses every core, a block at a time, so that memory stays small."""
-    if not verify:
-        yield from (measure(annotation, verify) for annotation in annotations)
-        return
+def measured(annotations, no_verify):
+    """Yield (image, fields, size or OSError) in order. Every core opens images, a block at a time, so that
+    memory stays small; an image with several questions in a row is opened once."""
+    groups = itertools.groupby(annotations, key=lambda annotation: annotation[0])
     with ProcessPoolExecutor() as pool:
-        while block := list(itertools.islice(annotations, 512)):
-            yield from pool.map(functools.partial(measure, verify=verify), block, chunksize=8)
+        while block := [(image, list(group)) for image, group in itertools.islice(groups, 256)]:
+            images = [image for image, _ in block]
+            sizes = pool.map(image_size, images, itertools.repeat(no_verify), chunksize=8)
+            for (_, group), size in zip(block, sizes):
+                yield from ((image, fields, size) for image, fields in group)
 
 
-def sample(items, n, seed):
-    """n of the items, each as likely as the next, in their order: one pass, n in memory."""
-    rng = random.Random(seed)
-    drawn = heapq.nsmallest(n, ((rng.random(), number, item) for number, item in enumerate(items)))
-    return [item for _, number, item in sorted(drawn, key=lambda entry: entry[1])]
+def fitted(fields, size):
+    """The fields of a line, fitted to the image. OSError or ValueError says why the line is left out."""
+    if "fault" in fields:
+        raise ValueError(fields["fault"])
+    if isinstance(size, OSError):
+        raise size
+    fields = dict(fields)
+    annotated, scale = fields.pop("size", size), fields.pop("scale", None)
+    if all(annotated) and annotated != size:
+        raise ValueError("the image has {} x {} pixels, the annotation {!r} x {!r}".format(*size, *annotated))
+    if scale:
+        fields["boxes"] = (np.multiply(fields["boxes"], size * 2) / scale).tolist()
+    for name, labels in (("boxes", "labels"), ("ignore", "ignore_labels")) if "ignore" in fields else ():
+        # Many annotators run beyond the image: cut there. Boxes without area inside it go.
+        rows = np.reshape(fields[name], (-1, 4)).astype(float).round(4).clip(0, size * 2)
+        stays = (rows[:, 2:] > rows[:, :2]).all(axis=1)
+        fields[name] = rows[stays].tolist()
+        if labels in fields:
+            fields[labels] = list(itertools.compress(fields[labels], stays))
+    for name, k in ("boxes", 4), ("ignore", 4), ("points", 2):
+        if name in fields:
+            fields[name] = check_rows(name, fields[name], k, *size).tolist()
+    return {"width": size[0], "height": size[1], **fields}
 
 
-def clip_to_image(boxes, width, height):
-    """Boxes cut to the image (many annotators run beyond it); what has no area there, or never had, goes."""
-    clipped = np.clip(np.reshape(boxes, (-1, 4)), 0, [width, height, width, height])
-    return clipped[(clipped[:, 2:] > clipped[:, :2]).all(axis=1)].round(2).tolist()
+def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = False, draw: count = 0):
+    """Write the JSONL `out`, which refers to the images, and say what became of each annotation.
 
-
-def readable(annotations, out, verify, changed):
-    """(image, ...) -> (the start of its record, ...); an image that cannot be read is named and counted."""
-    for image, *rest, size, reason in tqdm(measured(annotations, verify), "converting", unit=" images"):
-        if size is None:
-            tqdm.write(f"left out: {image}: {reason}", file=sys.stderr)
-            changed["images left out: missing or unreadable"] += 1
-            continue
-        yield {"image": os.path.relpath(image, out.parent), "width": size[0], "height": size[1]}, *rest
-
-
-def nothing_converted(out, changed):
-    """The error, with its reasons."""
-    reasons = ", ".join(f"{number} {reason}" for reason, number in changed.items())
-    return SystemExit(f"nothing converted, {out} not written: {reasons or 'no image is annotated'}")
-
-
-def convert(annotations, out, target, max_boxes=60, min_size=0, verify=True):
-    """Annotated images -> the JSONL `out`, images referenced and not copied; prints what became of each.
-
-    An image with more than `max_boxes` is dropped whole: with some of its boxes cut, right answers would be
-    punished. For the same reason a box whose longer side is under `min_size` becomes an ignore region.
+    An image with more than `max_boxes` (40 for train, else no limit) is left out whole: with some of its
+    boxes cut, right answers would be punished. For that reason a faulty annotation, too, leaves out its
+    image. Images are decoded, unless `no_verify`: headers only. `draw` N saves N of them with their boxes.
     """
-    out, written, changed, histogram = Path(out), Counter(), Counter(), Counter()
+    out, counts, crowds = Path(out), Counter(), []
     with written_whole(out) as file:
-        for about, boxes, ignore in readable(annotations, out, verify, changed):
-            size = about["width"], about["height"]
-            inside, ignore = clip_to_image(boxes, *size), clip_to_image(ignore, *size)
-            large = [box for box in inside if max(box[2] - box[0], box[3] - box[1]) >= min_size]
-            ignore += [box for box in inside if box not in large]
-            if len(large) > max_boxes:
-                changed[f"images left out: more than {max_boxes} boxes"] += 1
+        for image, fields, size in tqdm(measured(annotations, no_verify), "converting", unit=" lines"):
+            annotated = len(fields.get("boxes", []))
+            try:
+                fields = fitted(fields, size)
+            except (OSError, ValueError) as error:
+                if "scale" in fields and "is outside" in str(error):  # a list does not say its unit
+                    raise SystemExit(f"{image}: {error}; --scale N if the list goes from 0 to N") from None
+                counts[f"left out: {'unreadable images' if error is size else 'faulty annotations'}"] += 1
+                tqdm.write(f"left out: {image}: {error}", file=sys.stderr)
                 continue
-            file.write(json.dumps(about | {"target": target, "boxes": large, "ignore": ignore}) + "\n")
-            histogram[len(large)] += 1
-            written.update({"images": 1, "boxes": len(large), "ignore regions": len(ignore)})
-            changed["boxes left out: no area inside the image"] += len(boxes) - len(inside)
-            changed[f"boxes under {min_size:g} pixels made ignore regions"] += len(inside) - len(large)
-        if not written:
-            raise nothing_converted(out, changed)
-    report(out, written, changed, histogram)
-
-
-def convert_asked(annotations, out, verify=True):
-    """Images with what is asked of each -> the JSONL `out`, a question a line; prints what became of each."""
-    out, written, changed = Path(out), Counter(), Counter()
-    with written_whole(out) as file:
-        for about, asked in readable(annotations, out, verify, changed):
-            size = about["width"], about["height"]
-            if "boxes" in asked:
-                asked["boxes"] = clip_to_image(asked["boxes"], *size)
-            outside = any(not (0 <= x <= size[0] and 0 <= y <= size[1]) for x, y in asked.get("points", []))
-            if outside or asked.get("boxes") == []:
-                changed["questions left out: the truth is outside the image"] += 1
+            boxes = len(fields.get("boxes", []))
+            if max_boxes and boxes > max_boxes:
+                counts[f"left out: images with more than {max_boxes} boxes"] += 1
                 continue
-            file.write(json.dumps(about | asked) + "\n")
-            written.update({"questions": 1, "points": len(asked.get("points", []))})
-        if not written:
-            raise nothing_converted(out, changed)
-    print(out)
-    for name, number in (+written | +changed).items():
+            file.write(json.dumps({"image": os.path.relpath(image, out.parent), **fields}) + "\n")
+            counts.update({name: len(fields.get(name, [])) for name in ("boxes", "ignore", "points")})
+            counts["left out: boxes without area inside their image"] += annotated - boxes
+            crowds.append(boxes)
+        if not crowds:
+            reasons = ", ".join(f"{number} {name}" for name, number in counts.items())
+            raise SystemExit(f"nothing converted, {out} not written: {reasons or 'nothing is annotated'}")
+    print(f"{out}: {len(crowds):,} lines, boxes per line: median {np.median(crowds):g}, max {max(crowds)}")
+    for name, number in (+counts).items():  # those above 0
         print(f"{number:>10,}  {name}")
+    draw_records(out, draw)
 
 
-def report(out, written, changed, histogram):
-    """Print the counts, and how many images have how many boxes."""
-    print(out)
-    for name, number in (written | +changed).items():
-        print(f"{number:>10,}  {name}")
-    counts = sorted(histogram.elements())
-    print(f"boxes an image: median {np.median(counts):g}, max {counts[-1]}")
-    edges = [0, 1, 2, 5, 10, 20, 40, 60, 100, 10**9]
-    bins, _ = np.histogram(counts, edges)
-    for low, high, number in zip(edges, edges[1:], bins):
-        if number:
-            name = f"{low}" if high == low + 1 else f"{low}-{high - 1}" if high < 10**9 else f"{low}+"
-            print(f"{name:>8}  {number:>7,}  {'#' * math.ceil(50 * number / bins.max())}")
-
-
-def draw_records(out, number, seed):
-    """Pictures to look at, of records drawn at random: boxes and points orange, ignore regions grey."""
-    out = Path(out)
-    with open(out, encoding="utf-8") as lines:
-        records = sample(map(json.loads, lines), number, seed)
-    for number, record in enumerate(records):
-        with Image.open(out.parent / record["image"]) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+def draw_records(out, number):
+    """Save pictures of records drawn at random: boxes and points orange, ignore regions grey."""
+    records = read_jsonl(out, dict) if number else []
+    for number, record in enumerate(random.Random(0).sample(records, min(number, len(records)))):
+        picture, path = open_image(out.parent / record["image"]), out.with_name(f"{out.stem}-{number}.png")
         pen, line = ImageDraw.Draw(picture), max(1, picture.width // 300)
-        dots = [[x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line] for x, y in record.get("points", [])]
-        boxes = record.get("boxes", []) + dots
-        for boxes, color in ((record.get("ignore", []), (150, 150, 150)), (boxes, (255, 140, 0))):
-            for box in boxes:
+        for name, color in ("ignore", (150, 150, 150)), ("boxes", (255, 140, 0)):
+            for box in record.get(name, []):
                 pen.rectangle(box, outline=color, width=line)
-        path = out.with_name(f"{out.stem}-{number}.png")
+        for point in record.get("points", []):
+            pen.circle(point, 2 * line, outline=(255, 140, 0), width=line)
         picture.save(path)
         print(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command line: a subcommand a source
+# The command line: a command per function, an option per parameter
 
-SOURCES = {  # name: (reader, splits, what the question asks for, what is looked for below the root)
-    "crowdhuman": (crowdhuman, ["train", "val"], "person",
-                   "annotation_<split>.odgt beside the folder Images"),
-    "citypersons": (citypersons, ["train", "val"], "pedestrian",
-                    "annotations/anno_<split>.mat or gtBboxCityPersons/<split>, and leftImg8bit/<split>"),
-    "widerpedestrian": (widerpedestrian, ["train", "val"], "person",
-                        "<split>_annotations.txt (2018) or Annotations/<split>_bbox.txt (2019), and images"),
-    "uavdt": (uavdt, ["train", "test"], "vehicle",
-              "UAV-benchmark-M/<sequence>/*.jpg and GT/<sequence>_gt_whole.txt"),
-    "coco": (coco, ["train", "val", "test"], None,
-             "annotations/instances_<split>2017.json (or any --annotations), and images"),
-}
+SOURCES = crowdhuman, citypersons, widerpedestrian, uavdt, coco, refcoco, pixmo_count, ocr
 
 
-ASKED = {  # Perception-R1's other tasks, name: (reader, splits, what is read)
-    "refcoco": (refcoco, ["train", "val", "test", "testA", "testB"],
-                "a folder with refs(*).p and instances.json, COCO's images below"),
-    "pixmo_count": (pixmo_count, [], "a JSONL with image, points in pixels, count and label"),
-    "ocr": (ocr, [], "a JSON list with image and conversations"),
-}
-
-
-def add_parser(commands, name, splits, layout):
-    """A subcommand with the options that all sources share -> the function that adds more."""
-    parser = commands.add_parser(name, help=layout, description=f"Reads {layout}.")
-    option = parser.add_argument
-    option("root", help="the data set's folder, or file")
-    if splits:
-        option("--split", choices=splits, required=True)
-    option("--out", required=True, help="the JSONL to write")
-    option("--limit", type=int, metavar="N", help="convert N images only, drawn at random (default: all)")
-    option("--seed", type=int, default=0, help="of what --limit and --draw pick (default 0)")
-    option("--draw", type=int, default=0, metavar="N", help="draw N images with their boxes (default 0)")
-    option("--no_verify", action="store_true", help="trust that images decode: read their headers only")
-    return option
-
-
-def add_source(commands, name):
-    """The subcommand of a data set of detection, with the options that those share."""
-    _, splits, target, layout = SOURCES[name]
-    option = add_parser(commands, name, splits, layout)
-    option("--target", default=target, help=f"what to ask for (default {target or 'the category'})")
-    option("--max_boxes", type=int, default=60, help="drop images with more, never single boxes (default 60)")
-    option("--min_size", type=float, default=0, metavar="PIXELS",
-           help="boxes whose longer side is shorter become ignore regions (default 0: none)")
-    if name == "uavdt":
-        option("--stride", type=int, default=1, help="take every so many-th frame (default 1)")
-    if name == "coco":
-        option("--category", default="person", help="by its name in the file (default person)")
-        option("--annotations", metavar="JSON", help="another file than the official one")
-
-
-def run_source(args):
-    """One data set, as its subcommand says."""
-    reader = (SOURCES | ASKED)[args.command][0]
-    given = ("split", "stride", "category", "annotations", "refs")
-    annotations = reader(args.root, **{name: getattr(args, name) for name in given if name in args})
-    if args.limit:
-        annotations = iter(sample(annotations, args.limit, args.seed))
-    if args.command in ASKED:
-        convert_asked(annotations, args.out, not args.no_verify)
-    else:
-        target = args.target or args.category
-        convert(annotations, args.out, target, args.max_boxes, args.min_size, not args.no_verify)
-    draw_records(args.out, args.draw, args.seed)
+def add_command(commands, function):
+    """The command that calls `function`, described by its docstring; a source has `convert`'s options too."""
+    takes = dict(inspect.signature(function).parameters)
+    if function in SOURCES:
+        takes |= list(inspect.signature(convert).parameters.items())[1:]
+    about = inspect.getdoc(function) + ("\n\n" + inspect.getdoc(convert) if function in SOURCES else "")
+    command = commands.add_parser(function.__name__, help=about.split("\n\n")[0], description=about,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    command.set_defaults(function=function)
+    for name, parameter in takes.items():
+        kind, default = parameter.annotation, parameter.default
+        if name == "root":
+            command.add_argument(name)
+        elif kind is bool:
+            command.add_argument(f"--{name}", action="store_true")
+        elif kind is not parameter.empty:  # a type, or a tuple of choices
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            command.add_argument(f"--{name}", default=default, required=default is parameter.empty, **how)
 
 
 def main(argv=None):
     """Read the command line and do what it says."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    draws = commands.add_parser("synthetic", help="crowds drawn by Pillow: images, train.jsonl and val.jsonl")
-    draws.add_argument("--out", required=True, help="folder to write")
-    draws.add_argument("--images", type=int, default=2000, help="a tenth becomes val.jsonl (default 2000)")
-    draws.add_argument("--seed", type=int, default=0, help="the same seed draws the same scenes (default 0)")
-    draws.add_argument("--size", type=int, default=112, help="side in pixels (default 112, the tiny model's)")
-    draws.add_argument("--task", choices=["detection", "grounding", "counting", "ocr"], default="detection",
-                       help="what is asked: the last three are Perception-R1's (default detection)")
-
-    small = commands.add_parser("tiny", help="a tiny random Qwen2.5-VL as a Hugging Face folder")
-    small.add_argument("--out", required=True, help="folder to write")
-    small.add_argument("--seed", type=int, default=0, help="of its random weights (default 0)")
-    small.add_argument("--size", type=int, default=112, help="numbers up to it are a token (default 112)")
-
-    for name in SOURCES:
-        add_source(commands, name)
-    for name, (_, splits, layout) in ASKED.items():
-        option = add_parser(commands, name, splits, layout)
-        if name == "refcoco":
-            option("--refs", metavar="NAME", help="which refs file, if there are several, as 'refs(umd).p'")
-
-    args = parser.parse_args(argv)
-    if args.command == "synthetic":
-        synthetic(args.out, args.images, args.seed, args.size, task=args.task)
-    elif args.command == "tiny":
-        model = tiny(args.out, args.seed, args.size)
-        print(f"{args.out}: a Qwen2.5-VL of {sum(p.numel() for p in model.parameters()):,} random parameters")
-    else:
-        run_source(args)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for function in (synthetic, tiny, *SOURCES):
+        add_command(commands, function)
+    args = vars(parser.parse_args(argv))
+    function, out = args.pop("function"), args["out"]
+    own = {name: args.pop(name) for name in inspect.signature(function).parameters if name in args}
+    try:
+        made = function(**own)
+        if function in SOURCES:
+            if own.get("split") == "train" and not args["max_boxes"]:
+                args["max_boxes"] = MAX_BOXES
+            convert(made, **args)
+    except OSError as error:  # of the disk: what is read has its own messages
+        raise SystemExit(f"{out}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,123 +1,123 @@
 """DIP-R1: reinforcement learning that teaches Qwen2.5-VL to see individuals in a crowd (arXiv 2505.23179).
 
     for each prompt q (an image and a question):
-        o_1 .. o_G  ~  pi(. | q)                    a group of completions: <think> <look> <answer>
-        r_i  =  w_f format + w_l look + w_a accuracy           three rewards by rule, no learned judge
-        A_i  =  (r_i - mean r) / (std r + 1e-4)                better or worse than its siblings?
+        o_1 .. o_G  ~  pi(. | q)                       a group of completions: <think> <look> <answer>
+        r_i  =  w_f format_i + w_l look_i + accuracy_i            three rewards by rule, no learned judge
+        A_i  =  (r_i - mean r) / (std r + 1e-4)                   better or worse than its siblings?
         minimise  mean_t [ -min(rho A, clip(rho, 1-eps, 1+eps) A) + beta KL(pi || pi_ref) ]
 
-    python dipr1.py --demo                          no GPU, no download: watch a tiny Qwen2.5-VL learn
+    torchrun --nproc_per_node 2 dipr1.py --demo     no GPU, no download: watch a tiny Qwen2.5-VL learn
     torchrun --nproc_per_node 8 dipr1.py            the real thing: Qwen2.5-VL-3B on data/train.jsonl
-    python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, Jaccard index of a checkpoint
-    python dipr1.py --demo --compare 3              Perception-R1, DIP-R1 without look, DIP-R1, three seeds
-    python dipr1.py --help                          every knob
+    python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, AP of a checkpoint
+    python dipr1.py --help                          every setting
 
-The paper's exact equations for the look and the accuracy reward are not public: where a definition is ours,
-the words "our reading" stand beside it. How this file departs from textbook GRPO: a group is scored as ONE
-row, prompt and picture shared by its G completions; the loss is normalised by token over the group; the look
-reward is credited to the tokens that can have earned it.
+How this file departs from textbook GRPO:
+  1) One group is one row: the prompt and its image are read once for all G completions (`pack`).
+  2) The loss is averaged over all tokens of a group, as in DIP-R1, and not over each completion first.
+  3) The look reward is credited to the tokens that can have earned it (`token_advantages`).
+  4) SFT is the same update with one completion, the truth, and advantage 1 (`sft_step`).
 
-`--method perception-r1` is Perception-R1 (arXiv 2504.07954) in the same harness, the baseline to beat: no
-look, a format reward of +1 or -1, and one answer reward for each of four tasks. What is asked (QUESTION,
-PERCEPTION_QUESTIONS) and what is rewarded (`group_rewards`) tell the methods apart; the rest is shared.
+The paper's exact equations for the look and the accuracy reward are not public. Where a definition is ours,
+the words "our reading" stand beside it. `--method perception-r1` is Perception-R1 (arXiv 2504.07954), the
+baseline to beat: the two differ in what they ask and what they reward, which is one table, TASKS.
 
-Read from the top: knobs, template and parser, boxes, rewards, advantages and loss; then the model, the
-rollout, the data and one training step. There the method is told; what follows is checkpoints, evaluation
-and the command line.
+Read from the top: template, boxes, rewards, advantages and loss, the model, the rollout, one training step.
+That is the whole method. Data, checkpoints, evaluation and the command line follow.
 """
+import argparse
 import bisect
 import contextlib
 import copy
 import functools
+import gc
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
+import string
 import sys
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.functional import cross_entropy, linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.utils import logging
 
-# ------------------------------------------------------------------------------------------------------------
-# Config
+from data_prep import check_rows, open_image, read_jsonl, written_whole
 
 
-def knob(default, help, **parser):
-    """A field of Config: its default, the sentence that `--help` shows, and what else its parser takes."""
-    return field(default=default, metadata={"help": help, **parser})
+def flag(default, help, least=None):
+    """A field of Config: its default, the sentence that `--help` shows, the smallest value that works."""
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass
 class Config:
-    """Every knob, each explained on its line. The command line is made from this."""
+    """Every setting, explained on its line. The command line is made from these fields."""
 
-    demo: bool = knob(False, "draw scenes, make a tiny model, train it, show before and after")
-    compare: int = knob(0, "with --demo: both methods from one warm-up, side by side, on so many seeds")
-    eval: bool = knob(False, "evaluate --model on --data instead of training")
-    predictions: str = knob("", "score this predictions.jsonl on --data, without a model")
-    method: Literal["dip-r1", "perception-r1"] = knob("dip-r1", "what is asked, and what is rewarded")
-    task: Literal["detection", "grounding", "counting", "ocr"] = knob(
-        "detection", "of the demo, with --method perception-r1; a line of the data names its own")
-    model: str = knob("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
-    data: str = knob("data/train.jsonl", "one image a line, as data_prep.py writes it")
-    output_dir: str = knob("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
-    seed: int = knob(0, "of data order and sampling; the same seed repeats a run exactly (on a CPU)")
-    max_pixels: int = knob(1280 * 28 * 28, "larger images are scaled down; 28 x 28 pixels are a token")
-    max_prompt_tokens: int = knob(2048, "the image of a longer prompt is scaled down further")
+    demo: bool = flag(False, "draw crowds, make a tiny model, train it, compare before and after")
+    eval: bool = flag(False, "evaluate --model on --data instead of training")
+    predictions: str = flag("", "score this predictions.jsonl on --data; needs no model")
+    method: Literal["dip-r1", "perception-r1"] = flag("dip-r1", "what is asked, and what is rewarded")
+    model: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
+    data: str = flag("data/train.jsonl", "one image per line, as data_prep.py writes it")
+    output_dir: str = flag("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
+    seed: int = flag(0, "of data order and sampling; on a CPU the same seed repeats a run bit for bit", 0)
+    max_pixels: int = flag(1280 * 28 * 28, "larger images are scaled down; 28 x 28 pixels a token", 56 * 56)
 
-    steps: int = knob(1000, "GRPO steps")
-    prompts_per_step: int = knob(8, "prompts (groups) a step, over all ranks together")
-    group_size: int = knob(8, "G, completions a prompt")
-    max_new_tokens: int = knob(1024, "a completion is cut here")
-    temperature: float = knob(1.0, "of sampling, and of the distribution that is trained")
-    lr: float = knob(1e-6, "peak learning rate: linear warm-up, then linear decay to 0")
-    warmup_steps: int = knob(10, "steps of warm-up, of SFT and of GRPO alike")
-    beta: float = knob(0.04, "weight of the KL to the reference model; 0 loads none")
-    clip_eps: float = knob(0.2, "eps of the clipped ratio")
-    num_iterations: int = knob(1, "updates on each batch of rollouts")
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    steps: int = flag(1000, "GRPO steps", 0)
+    prompts_per_step: int = flag(8, "prompts (groups) per step, over all processes together", 1)
+    group_size: int = flag(8, "G, completions per prompt; advantages compare at least two", 2)
+    max_new_tokens: int = flag(1280, "a completion is cut here; a box costs some 21 tokens", 1)
+    temperature: float = flag(1.0, "of sampling, and of the distribution that is trained", 1e-3)
+    lr: float = flag(1e-6, "peak learning rate: linear warm-up, then linear decay to 0", 0)
+    warmup_steps: int = flag(10, "steps of warm-up, of SFT and of GRPO alike", 0)
+    beta: float = flag(0.04, "weight of the KL to the reference model; 0 loads none", 0)
+    clip_eps: float = flag(0.2, "eps of the clipped ratio", 0)
+    num_iterations: int = flag(1, "updates on each batch of rollouts", 1)
 
-    format_weight: float = knob(1.0, "w_f")
-    look_weight: float = knob(0.25, "w_l; the look is learned fast, and more of it costs precision")
-    accuracy_weight: float = knob(1.0, "w_a")
-    recall_weight: float = knob(0.65, "w, recall's share of accuracy; at 0.5 the policy turns cautious")
-    look_credit: Literal["section", "completion"] = knob("section", "tokens that earn the look reward")
+    format_weight: float = flag(1.0, "w_f", 0)
+    look_weight: float = flag(0.25, "w_l; the look is learned fast, and more of it costs precision", 0)
+    recall_weight: float = flag(0.65, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0)
+    look_credit: Literal["section", "completion"] = flag("section", "the tokens that earn the look reward")
 
-    sft_steps: int = knob(0, "supervised steps before GRPO, on the truth written in the template")
-    sft_lr: float = knob(1e-5, "their peak learning rate")
-    sft_batch: int = knob(32, "images a supervised step, over all ranks together")
+    sft_steps: int = flag(0, "supervised steps before GRPO, on the truth written in the template", 0)
+    sft_lr: float = flag(1e-5, "peak learning rate of SFT", 0)
+    sft_batch: int = flag(32, "images per supervised step, over all processes together", 1)
 
-    freeze_vision: bool = knob(False, "do not train the vision tower; its features are computed once a step")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward: slower, less memory")
-    groups_per_forward: int = knob(1, "groups scored in one forward; more is faster, if it fits")
-    batch_size: int = knob(8, "prompts decoded at once in evaluation")
-    samples: int = knob(8, "answers sampled an image in evaluation, beside the greedy one; 0 = none")
-    pictures: int = knob(8, "draw the first so many images of an evaluation")
-    limit: int = knob(0, "evaluate on the first so many images only; 0 = all")
-    picture_every: int = knob(20, "steps between pictures; 0 = none")
-    save_every: int = knob(100, "steps between checkpoints (one more at the end); 0 = none")
-    keep: int = knob(3, "so many checkpoints are kept, the newest; 0 = all")
-    resume: str = knob("", "go on from this checkpoint; without a name, from the newest complete one",
-                       nargs="?", const="newest")
+    freeze_vision: bool = flag(False, "do not train the vision tower; it then runs once per step")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward: a third of the memory")
+    tokens_per_forward: int = flag(12_000, "groups share a forward up to so many tokens; more is faster", 1)
+    samples: int = flag(8, "answers sampled per image in evaluation, beside the greedy one", 0)
+    picture_every: int = flag(20, "steps between pictures; 0: none", 0)
+    save_every: int = flag(100, "steps between checkpoints; 0: only where SFT and GRPO end", 0)
+    keep: int = flag(3, "the newest checkpoints to keep, beside the one that ended SFT; 0: all", 0)
+    resume: bool = flag(False, "go on from the newest complete checkpoint in --output_dir, if there is one")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,124 +132,86 @@ QUESTION = (  # our reading: the paper's prompt is not public
     "Find every {target} in the image, also where one hides behind another. First describe the whole scene "
     "between <think> and </think>. Then list the regions where one is hard to tell from the next between "
     "<look> and </look>. Last list one box for each between <answer> and </answer>. Boxes are a JSON list of "
-    "[x1, y1, x2, y2] in pixels. Example:\n<think>Two, one in front of the other.</think>"
+    "[x1, y1, x2, y2] in pixels; [] means none. Example:\n<think>Two, one in front of the other.</think>"
     "<look>[[10, 20, 58, 90]]</look><answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
 )
-PERCEPTION_QUESTIONS = {  # Perception-R1 asks for the answer alone; our wording
-    "detection": (
-        "Find every {target} in the image. List one box for each between <answer> and </answer>. Boxes are a "
-        "JSON list of [x1, y1, x2, y2] in pixels. Example:\n"
-        "<answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
-    ),
-    "grounding": (
-        "Find {target} in the image. Give its one box between <answer> and </answer>, as a JSON list of "
-        "[x1, y1, x2, y2] in pixels. Example:\n<answer>[[31, 24, 58, 90]]</answer>"
-    ),
-    "counting": (
-        "Count every {target} in the image. List one point on each between <answer> and </answer>. Points "
-        "are a JSON list of [x, y] in pixels. Example:\n<answer>[[25, 54], [45, 57]]</answer>"
-    ),
-    "ocr": "Read the image. Write its text between <answer> and </answer>.",
-}
-LABELLED = ' Instead of a bare box write {"bbox_2d": [x1, y1, x2, y2], "label": what it is}.'
-
-
-def question(record):
-    """What a record's method and task ask."""
-    asked = QUESTION if record["method"] == "dip-r1" else PERCEPTION_QUESTIONS[record["task"]]
-    return asked.format(target=record["target"]) + (LABELLED if "labels" in record else "")
-
-
-# Linear on every input: no two neighbouring parts of these patterns can match the same text.
-NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"  # at most six digits: finite, whatever the policy writes
-BOX, POINT = (re.compile(r"\[" + ",".join([NUMBER] * k) + r"\]") for k in (4, 2))
-LABEL = r'"label"\s*:\s*"([^"{}]*)"\s*'
-QWEN_ROW = re.compile(
-    r"\{\s*(?:" + LABEL + r",\s*)?" + r'"(?:bbox|point)_2d"\s*:\s*(\[[^][{}]*\])\s*'
-    r"(?:,\s*" + LABEL + r")?\}"
-)
+LABELLED = ' Instead of a bare box write {"bbox_2d": [x1, y1, x2, y2], "label": its name}.'
+SECTIONS = ("think", "look", "answer")  # of the template, in order
 
 
 @dataclass
 class Response:
-    """A completion taken apart.
-
-    `look` and `answer` are (n, 4) arrays of x1, y1, x2, y2 in pixels as the model sees them, not yet clipped
-    to the image. None: the section is missing or no list of boxes, which is not the same as an empty list,
-    (0, 4).
-    """
+    """A parsed completion. `look` and `answer` are boxes (n, 4), x1, y1, x2, y2 in pixels of the resized
+    image, not yet clipped to it: (0, 4) for an empty list, None for a section that is missing or no list."""
 
     think: str | None
     look: np.ndarray | None
-    answer: np.ndarray | None
-    well_formed: bool
+    answer: np.ndarray | str | None  # points (n, 2) or text where the task asks for those
+    well_formed: bool  # the template's tags, in order, and nothing outside
+    complete: bool = False  # and a thought, and every list parses
+    labels: list | None = None  # of the rows of `answer`, a string or None each
 
 
-def parse_rows(text, row):
-    """A JSON list of n rows of k numbers, as BOX and POINT have them, or Qwen's own form of it -> (n, k), or
-    None. Qwen writes `[{"bbox_2d": [1, 2, 3, 4], "label": "person"}]`, and of points "point_2d"."""
-    text, k = text.strip(), row.groups
+def section(text, name):
+    """The text from the first <name> to the last </name>, or None. Of a list that is written twice nothing
+    can be read, since the two are no JSON together; a page of text may itself show the tags."""
+    _, opened, rest = text.partition(f"<{name}>")
+    inside, closed, _ = rest.rpartition(f"</{name}>")
+    return inside if opened and closed else None
+
+
+def parse_rows(text, columns):
+    """A JSON list of boxes (columns 4) or points (2), bare or in Qwen's own form `{"bbox_2d": [1, 2, 3, 4],
+    "label": "person"}`, perhaps in a ``` fence -> ((n, columns), n labels or Nones), or (None, None). One row
+    that is not in a list is a list of one: models answer so for a single object."""
+    text, key = text.strip(), "bbox_2d" if columns == 4 else "point_2d"
     if text.startswith("```") and text.endswith("```"):
-        text = text.removeprefix("```json").removeprefix("```").removesuffix("```").strip()
-    glue_and_numbers = row.split(QWEN_ROW.sub(r"\2", text))  # glue, x1, y1, x2, y2, glue, ..., glue
-    glue = [piece.strip() for piece in glue_and_numbers[:: k + 1]]
-    n = len(glue) - 1
-    if n == 0:
-        return np.zeros((0, k)) if re.fullmatch(r"\[\s*\]", text) else None
-    if glue != ["["] + [","] * (n - 1) + ["]"]:
-        return None
-    del glue_and_numbers[:: k + 1]
-    return np.array(glue_and_numbers, dtype=float).reshape(n, k)
+        text = text[3:-3].lstrip(string.ascii_letters)  # ```json, ```JSON, ```python
+
+    def is_number(x):  # below 10^6: finite, whatever the policy writes; type(), since True is no number
+        return type(x) in (int, float) and abs(x) < 1e6
+
+    def is_row(row):
+        return type(row) is list and len(row) == columns and all(map(is_number, row))
+
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        return None, None
+    rows = [rows] if isinstance(rows, dict) or is_row(rows) else rows
+    if not isinstance(rows, list):
+        return None, None
+    labels = [row.get("label") if isinstance(row, dict) else None for row in rows]
+    labels = [label if label is None else unicodedata.normalize("NFC", str(label)) for label in labels]
+    rows = [row.get(key) if isinstance(row, dict) else row for row in rows]
+    return (np.array(rows, float).reshape(-1, columns), labels) if all(map(is_row, rows)) else (None, None)
 
 
 def parse_boxes(text):
     """`[[1, 2, 3, 4], ...]`, or the same in Qwen's form -> (n, 4), or None."""
-    return parse_rows(text, BOX)
+    return parse_rows(text, 4)[0]
 
 
-def sections(text, names):
-    """Split a completion on the tags of these sections -> ([the text of each, or None], well-formed?).
+def parse_response(text, names=SECTIONS, columns=4):
+    """A completion -> Response. Never raises; linear in the length of the text.
 
-    Well-formed: exactly these tags, once each, in order, and nothing but white space outside the sections.
-    Of a malformed completion the sections that stand there once are still read: a right answer stays right.
+    `names` are the template's sections, `columns` the numbers per row of the answer; 0: the answer is text.
+    Well-formed: exactly the template's tags, in order, and nothing but white space outside the sections. In
+    a malformed completion a section is still read: a right answer stays right.
     """
-    expected = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
-    pieces = re.split("(" + "|".join(expected) + ")", text)
-    tags, between = pieces[1::2], pieces[2::2]
-    outside = [pieces[0], *between[1::2]]
-
-    def section(opening, closing):
-        if tags.count(opening) != 1 or tags.count(closing) != 1:
-            return None
-        start = tags.index(opening)
-        return between[start] if tags[start + 1 : start + 2] == [closing] else None
-
-    found = [section(f"<{name}>", f"</{name}>") for name in names]
-    return found, tags == expected and not "".join(outside).strip()
-
-
-def parse_response(text):
-    """DIP-R1's completion -> Response. Never raises; linear in the length of the text."""
-    (think, look, answer), well_formed = sections(text, ["think", "look", "answer"])
-    look, answer = (None if part is None else parse_boxes(part) for part in (look, answer))
-    return Response(think, look, answer, well_formed)
-
-
-def read_answer(text, record):
-    """What a completion answers, of either method -> boxes (n, 4); points (n, 2) if the task is counting; a
-    string if it is ocr; None if there is none or it does not parse."""
-    (answer,), _ = sections(text, ["answer"])
-    if answer is None or record["task"] == "ocr":
-        return answer
-    return parse_rows(answer, POINT if record["task"] == "counting" else BOX)
-
-
-def read_labels(text, n):
-    """The labels of the n boxes that a completion answers in Qwen's form, None where one is missing; all None
-    if some boxes are bare, for then nobody knows which label is whose."""
-    (answer,), _ = sections(text, ["answer"])
-    labels = [before or after or None for before, _, after in QWEN_ROW.findall(answer)]
-    return labels if len(labels) == n else [None] * n
+    think, look, answer = (section(text, name) for name in SECTIONS)
+    tags, labels = [f"<{slash}{name}>" for name in names for slash in ("", "/")], None
+    if columns:
+        pieces = re.split("(" + "|".join(tags) + ")", text)  # outside, tag, inside, tag, outside, ...
+        well_formed = pieces[1::2] == tags and not "".join(pieces[::4]).strip()
+        answer, labels = (None, None) if answer is None else parse_rows(answer, columns)
+    else:  # a page of text may hold anything, the tags too
+        well_formed = text.strip().startswith(tags[0]) and text.strip().endswith(tags[1])
+        answer = answer and unicodedata.normalize("NFC", answer)  # as the truth is read
+    look = None if look is None else parse_boxes(look)
+    found = {"think": (think or "").strip() or None, "look": look, "answer": answer}
+    complete = well_formed and all(found[name] is not None for name in names)
+    return Response(think, look, answer, well_formed, complete, labels)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -257,76 +219,66 @@ def read_labels(text, n):
 
 
 def as_boxes(boxes):
-    """Anything that holds boxes, an empty list too -> (n, 4) floats."""
-    return np.asarray(boxes, float).reshape(-1, 4)
-
-
-def clip_boxes(boxes, width, height):
-    """(n, 4) boxes cut to the image. One outside becomes empty, overlaps nothing, and still counts."""
-    return np.clip(as_boxes(boxes), 0, [width, height, width, height])
-
-
-def box_area(boxes):
-    """(n, 4) -> (n,) in square pixels; 0 for an inverted box."""
-    return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
-
-
-def box_intersection(a, b):
-    """(n, 4), (m, 4) -> (n, m) in square pixels."""
-    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    return np.prod(np.maximum(bottom_right - top_left, 0), axis=2)
+    """None or anything that holds boxes, an empty list too -> (n, 4) floats."""
+    return np.asarray([] if boxes is None else boxes, float).reshape(-1, 4)
 
 
 # IoU(a, b) = |a n b| / |a u b|
-def box_iou(a, b):
-    """(n, 4), (m, 4) -> (n, m) in [0, 1]; 0 where either box is empty."""
+def box_iou(a, b, of_first=False):
+    """(n, 4), (m, 4) -> (n, m) in [0, 1]; 0 where either box is empty, or inverted. With `of_first` the share
+    of a that lies in b, |a n b| / |a|."""
     a, b = as_boxes(a), as_boxes(b)
-    intersection = box_intersection(a, b)
-    union = box_area(a)[:, None] + box_area(b)[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+    intersection = np.prod(np.maximum(sides, 0), axis=2)
+    area_a, area_b = (np.prod(np.maximum(x[:, 2:] - x[:, :2], 0), axis=1) for x in (a, b))
+    whole = area_a[:, None] + (0 * area_b if of_first else area_b - intersection)
+    return np.divide(intersection, whole, out=np.zeros_like(intersection), where=whole > 0)
 
 
-def match_boxes(pred, gt, iou_threshold=0.5, allowed=True):
-    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious). Only those
-    pairs may be that are `allowed`, (n, m)."""
+def match_boxes(pred, gt, iou_threshold=0.5):
+    """The one-to-one pairs with IoU >= threshold of largest total IoU -> (pred_idx, gt_idx, ious)."""
     iou = box_iou(pred, gt)
-    iou[(iou < iou_threshold) | ~np.broadcast_to(allowed, iou.shape)] = 0
+    iou[iou < iou_threshold] = 0
     rows, cols = linear_sum_assignment(iou, maximize=True)
     paired = iou[rows, cols] > 0
     return rows[paired], cols[paired], iou[rows, cols][paired]
 
 
-def share_inside(boxes, regions):
-    """(n, 4), (m, 4) -> (n,) in [0, 1]: the largest share of each box that lies in one of the regions."""
-    boxes, regions = as_boxes(boxes), as_boxes(regions)
-    inside, area = box_intersection(boxes, regions).max(axis=1, initial=0), box_area(boxes)
-    return np.divide(inside, area, out=np.zeros_like(area), where=area > 0)
+def share_ignored(boxes, ignore):
+    """(n, 4), (m, 4) -> (n,) in [0, 1]: the largest share of each box that lies in an ignore region."""
+    return box_iou(boxes, ignore, of_first=True).max(axis=1, initial=0)
 
 
-def crowded(boxes, iou_threshold):
-    """(n, 4) -> (n,) bool: which boxes overlap another one by more than this IoU."""
-    return (box_iou(boxes, boxes) - np.eye(len(boxes)) > iou_threshold).any(axis=1)
+def count_ignored(boxes, matched, ignore):
+    """How many unmatched boxes lie more than half inside an ignore region. They are not counted: nothing is
+    annotated there, so they are neither right nor wrong."""
+    return int((np.delete(share_ignored(boxes, ignore), matched) > 0.5).sum())
 
 
-def crowds(boxes, iou_threshold):
-    """(n, 4) -> (k, 4): a box around each cluster of boxes, those that overlap by more than this IoU."""
+def crowds(boxes, iou_threshold=0.2):
+    """(n, 4) -> (k, 4): a box around each cluster of boxes that overlap by more than this IoU."""
     k, cluster = connected_components(box_iou(boxes, boxes) > iou_threshold, directed=False)
     members = [boxes[cluster == number] for number in range(k)]
     return as_boxes([[*m[:, :2].min(axis=0), *m[:, 2:].max(axis=0)] for m in members if len(m) > 1])
 
 
-def excused(pred, matched, ignore=None):
-    """How many unmatched predictions lie more than half inside an ignore region. They are not counted: nobody
-    annotated there, so nobody can say that they are wrong."""
-    inside = share_inside(pred, [] if ignore is None else ignore) > 0.5
-    return int(np.delete(inside, matched).sum())
+def against_truth(pred, truth, ignore, pred_labels, record, width, height):
+    """Boxes as rewards and figures compare them -> (pred clipped to the image, truth, ignore).
 
+    Where the record has several classes, each class is moved to a place of its own, so that boxes of
+    different labels cannot overlap (as in torchvision's batched_nms): no other function knows of labels.
+    """
+    pred = as_boxes(pred).clip(0, [width, height, width, height])  # one entirely outside is empty, and counts
+    if "labels" not in record:
+        return pred, truth, ignore
+    classes = sorted({*record["labels"], *record["ignore_labels"]})
+    place = {label: 2 * width * number for number, label in enumerate(classes)}
 
-def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
-    """-> (true positives, predictions less those excused, truths)."""
-    pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
-    return len(pred_idx), len(pred) - excused(pred, pred_idx, ignore), len(gt)
+    def moved(boxes, labels):
+        shift = np.array([place.get(label, -2 * width) for label in labels]).reshape(-1, 1)
+        return boxes + shift * [1, 0, 1, 0]
+
+    return moved(pred, pred_labels), moved(truth, record["labels"]), moved(ignore, record["ignore_labels"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -336,9 +288,7 @@ def count_matches(pred, gt, ignore=None, iou_threshold=0.5):
 # r_fmt = 1[well-formed, a thought, and two lists of boxes]
 def format_reward(text):
     """1.0 if the completion has the template's shape and both lists parse, else 0.0 (paper)."""
-    response = parse_response(text)
-    parsed = response.look is not None and response.answer is not None
-    return float(response.well_formed and parsed and bool(response.think.strip()))
+    return float(parse_response(text).complete)
 
 
 def coverage(boxes, width, height, cell=14):
@@ -363,10 +313,10 @@ def disagreement(counts):
 def look_rewards(responses, width, height):
     """How well each completion's look finds what the *others* disagree about: G Responses -> (G,) in [0, 1].
 
-    Our reading of the paper's variance-guided look reward: a soft Dice score. Leaving itself out, a
-    completion cannot manufacture the uncertainty that it is paid for. An answer that does not parse is left
-    out of the variance (fewer than two others: u = 0); a look that does not parse earns 0, and so does any
-    where u is 0.
+    Our reading of the paper's variance-guided look reward: a soft Dice score. Because u_i leaves completion
+    i's own answer out, a completion cannot manufacture the uncertainty that it is paid for. An answer that
+    does not parse is left out of the variance (fewer than two others: u = 0). A look that does not parse
+    earns 0, and so does any look where u is 0 everywhere.
     """
     counts = {j: coverage(r.answer, width, height) for j, r in enumerate(responses) if r.answer is not None}
     rewards = np.zeros(len(responses))
@@ -391,16 +341,16 @@ def accuracy_reward(pred, gt, ignore=None, recall_weight=0.65, iou_threshold=0.5
     """
     if pred is None:
         return 0.0
-    tp, n_pred, n_gt = count_matches(pred, gt, ignore, iou_threshold)
+    pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
+    tp, n_pred, n_gt = len(pred_idx), len(pred) - count_ignored(pred, pred_idx, ignore), len(gt)
     if n_pred == 0 or n_gt == 0:
         return float(n_pred == n_gt)
     return (1 - recall_weight) * tp / n_pred + recall_weight * tp / n_gt
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Perception-R1's rewards: the right form earns +1 and any other -1; the answer earns up to 1, by its task.
-# Where the paper's summary is silent the definitions are ours: what an empty answer or a wrong number of them
-# earns, and that everything is divided by the larger count
+# Perception-R1's four rewards. Our reading where the paper's summary is silent: what an empty answer or a
+# wrong number of boxes earns, the unit of a distance, and that everything is divided by the larger count
 
 
 # r = IoU(pred, truth)
@@ -414,8 +364,10 @@ def counting_reward(pred, truth, width, height):
     """(n, 2) points against one on each of m instances (m, 2), paired by the Hungarian algorithm -> [0, 1].
 
     Every point or instance left over counts as distance 1, and so does a pair farther apart than the image's
-    diagonal. No points where nothing is: 1.
+    diagonal. No points where nothing is: 1. NaN where only the number of instances is known (truth None).
     """
+    if truth is None:
+        return float("nan")
     if not len(pred) or not len(truth):
         return float(len(pred) == len(truth))
     distances = np.linalg.norm(pred[:, None] - truth[None], axis=2) / np.hypot(width, height)
@@ -425,47 +377,99 @@ def counting_reward(pred, truth, width, height):
 
 
 def levenshtein(a, b):
-    """The fewest insertions, deletions and substitutions that turn string a into b.
-
-    Myers' bit-parallel algorithm (J. ACM 46, 1999) in Hyyrö's form (2003): a column of the usual table is two
-    integers, whose bits say where it goes up or down by one. Pages of 3,000 characters take milliseconds.
-    """
-    if not a:
-        return len(b)
-    where, full = {}, (1 << len(a)) - 1
-    for i, character in enumerate(a):
-        where[character] = where.get(character, 0) | 1 << i
-    up, down, distance = full, 0, len(a)
-    for character in b:
-        equal = where.get(character, 0)
-        diagonal = (((equal & up) + up) ^ up) | equal | down
-        right_up, right_down = down | ~(diagonal | up) & full, diagonal & up
-        distance += (right_up >> len(a) - 1 & 1) - (right_down >> len(a) - 1 & 1)
-        right_up, right_down = right_up << 1 | 1, right_down << 1
-        up, down = (right_down | ~(diagonal | right_up)) & full, diagonal & right_up & full
-    return distance
+    """The fewest insertions, deletions and substitutions that turn string a into b: the usual table, a row at
+    a time, in which the insertions along a row are a running minimum."""
+    codes, steps = np.array([ord(character) for character in a], int), np.arange(len(a) + 1)
+    row = steps
+    for i, character in enumerate(b, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (codes != ord(character)))  # delete, or substitute
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - steps) + steps
+    return int(row[-1])
 
 
 # r = 1 - levenshtein(pred, truth) / max(|pred|, |truth|)
 def ocr_reward(pred, truth):
-    """Two strings, white space around them aside -> [0, 1]; two empty ones earn 1."""
+    """Two strings, compared without surrounding white space -> [0, 1]; two empty ones earn 1."""
     pred, truth = pred.strip(), truth.strip()
     return 1 - levenshtein(pred, truth) / max(len(pred), len(truth), 1)
 
 
 # r = sum over pairs IoU / max(n, m)
-def detection_reward(pred, truth, ignore=None, pred_labels=None, labels=None):
-    """(n, 4) boxes against m truths (m, 4), paired so that the total IoU is largest -> [0, 1].
-
-    A pair of different labels counts 0, where the truth has `labels`. Unmatched predictions in an ignore
-    region are not counted, as in DIP-R1. Nothing there and nothing predicted: 1.
-    """
-    allowed = True
-    if labels is not None:
-        allowed = np.array(pred_labels, object)[:, None] == np.array(labels, object)
-    pred_idx, _, ious = match_boxes(pred, truth, 0, allowed)
-    count = max(len(pred) - excused(pred, pred_idx, ignore), len(truth))
+def detection_reward(pred, truth, ignore=None):
+    """(n, 4) boxes against m truths (m, 4), paired so that the total IoU is largest -> [0, 1]. Unmatched
+    predictions in an ignore region are not counted, as in DIP-R1. Nothing there and nothing predicted: 1."""
+    pred_idx, _, ious = match_boxes(pred, truth, 0)
+    count = max(len(pred) - count_ignored(pred, pred_idx, ignore), len(truth))
     return float(ious.sum() / count) if count else 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The two methods on one screen: a row per task. Whatever depends on method or task asks this table
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, how it is answered, what an evaluation reports of it, and what an answer earns."""
+
+    question: str
+    sections: tuple  # of the template, in order
+    broken_format: float  # the format reward where the form is wrong; a right form earns 1
+    truth: str  # the field of a record that holds the truth
+    columns: int  # numbers per row of the answer: 4 a box, 2 a point, 0 the answer is text
+    figures: Callable  # the `compared` answers of all images -> {name: value}
+    reward: Callable  # (prompt, answer, truth, ignore, recall weight) -> [0, 1]
+
+
+TASKS = {  # the functions of the figures stand with the evaluation, further down
+    ("dip-r1", "detection"): Task(
+        QUESTION, SECTIONS, 0.0, "boxes", 4, lambda images: detection_figures(images),
+        lambda prompt, pred, truth, ignore, w: accuracy_reward(pred, truth, ignore, w)),
+    ("perception-r1", "detection"): Task(
+        "Find every {target} in the image. List one box for each between <answer> and </answer>. Boxes are a "
+        "JSON list of [x1, y1, x2, y2] in pixels; [] means none. Example:\n"
+        "<answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>",
+        ("answer",), -1.0, "boxes", 4, lambda images: detection_figures(images),
+        lambda prompt, pred, truth, ignore, w: detection_reward(pred, truth, ignore)),
+    ("perception-r1", "grounding"): Task(
+        "Find {target} in the image. Give its one box between <answer> and </answer>, as a JSON list of "
+        "[x1, y1, x2, y2] in pixels. Example:\n<answer>[[31, 24, 58, 90]]</answer>",
+        ("answer",), -1.0, "boxes", 4, lambda images: grounding_figures(images),
+        lambda prompt, pred, truth, ignore, w: grounding_reward(pred, truth)),
+    ("perception-r1", "counting"): Task(
+        "Count every {target} in the image. List one point on each between <answer> and </answer>. Points "
+        "are a JSON list of [x, y] in pixels; [] means none. Example:\n<answer>[[25, 54], [45, 57]]</answer>",
+        ("answer",), -1.0, "points", 2, lambda images: counting_figures(images),
+        lambda prompt, pred, truth, ignore, w: counting_reward(pred, truth, prompt.width, prompt.height)),
+    ("perception-r1", "ocr"): Task(
+        "Read the image. Write its text between <answer> and </answer>.",
+        ("answer",), -1.0, "transcript", 0, lambda images: ocr_figures(images),
+        lambda prompt, pred, truth, ignore, w: ocr_reward(pred, truth)),
+}
+
+
+def task_of(record):
+    """The row of TASKS that a record belongs to."""
+    return TASKS[record["method"], record["task"]]
+
+
+def group_rewards(group, recall_weight):
+    """(G, 3): the format, look and accuracy reward of each completion. Perception-R1 asks for no look, and
+    its answer reward stands in the place of the accuracy."""
+    prompt, task = group.prompt, task_of(group.prompt.record)
+
+    def answer_reward(response):
+        sides = response.answer, prompt.truth, prompt.ignore
+        if response.answer is None and prompt.truth is not None:
+            return 0.0
+        if task.columns == 4:
+            sides = against_truth(*sides, response.labels, prompt.record, prompt.width, prompt.height)
+        return task.reward(prompt, *sides, recall_weight)
+
+    form = [1.0 if response.complete else task.broken_format for response in group.responses]
+    look = np.zeros(len(form))
+    if "look" in task.sections:
+        look = look_rewards(group.responses, prompt.width, prompt.height)
+    return torch.tensor(np.stack([form, look, [answer_reward(r) for r in group.responses]], axis=1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -480,13 +484,12 @@ def group_advantages(rewards):
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    spread = centred.square().sum(dim=1, keepdim=True).div(max(rewards.shape[1] - 1, 1)).sqrt()
-    return (centred / (spread + 1e-4)).masked_fill(all_equal, 0.0)
+    std = centred.square().sum(dim=1, keepdim=True).div(max(rewards.shape[1] - 1, 1)).sqrt()
+    return (centred / (std + 1e-4)).masked_fill(all_equal, 0.0)
 
 
 # L = 1/N sum_t [ -min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t) + beta k3_t ],           rho = pi / pi_old
-# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,          never negative; its mean is KL(pi,
-# pi_ref)
+# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,     never negative; its mean is KL(pi, pi_ref)
 def grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps, beta):
     """The loss of one group on flat (N,) tensors, N = sum_i |o_i|: every token of the group weighs the same.
 
@@ -522,10 +525,37 @@ class Prompt:
     grid: torch.Tensor  # (1, 3) patches in time, height, width
     width: int
     height: int
-    truth: np.ndarray  # (n, 4); of counting, points (n, 2)
+    truth: np.ndarray | str | None  # boxes (n, 4), points (n, 2) or text; None: only a count is known
     ignore: np.ndarray  # (m, 4)
-    weight: float = 1.0  # of its loss; 0 for one whose image was lost
-    features: torch.Tensor | None = None  # (visual tokens, D), kept where the tower runs once for all
+    weight: float = 1.0  # of its loss; 0 if its image could not be opened
+    features: torch.Tensor | None = None  # (visual tokens, D), kept where the tower runs once per step
+
+    def to(self, device):
+        """The same prompt with its tensors on a device."""
+        names = ("ids", "positions", "pixels", "grid")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+@dataclass
+class Group:
+    """One prompt and its completions o_1 .. o_G; flat tensors run over all their N = sum_i |o_i| tokens."""
+
+    prompt: Prompt
+    completions: list  # G tensors of token ids, EOS included
+    rollout_logp: torch.Tensor | None = None  # (N,) log-probabilities with which they were sampled
+    texts: list | None = None  # G decoded completions
+    advantages: torch.Tensor | None = None  # (N,)
+    old_logp: torch.Tensor | None = None  # (N,) log pi_old, before the first update
+    ref_logp: torch.Tensor | None = None  # (N,) log pi_ref
+
+    @property
+    def n_tokens(self):
+        return sum(map(len, self.completions))
+
+    @functools.cached_property
+    def responses(self):
+        task = task_of(self.prompt.record)
+        return [parse_response(text, task.sections, task.columns) for text in self.texts]
 
 
 def to_model_space(boxes, size, grid):
@@ -544,81 +574,83 @@ def to_image_space(boxes, size, grid):
     return boxes / to_model_space(np.ones_like(boxes), size, grid)
 
 
-def load_model(cfg, device):
-    """A Qwen2.5-VL by name or folder -> (model, tokenizer, image processor), or SystemExit says why not."""
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def setup(cfg):
+    """Load `--model`, a name or a folder, to this process's device -> (policy, encoder). SystemExit gives the
+    reason if it cannot be loaded, or not completely: a weight that is not in the file would be random."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.model, dtype=dtype)
+        kind = AutoConfig.from_pretrained(cfg.model).model_type
+        if kind != "qwen2_5_vl":
+            raise ValueError(f"it is a {kind}, not a qwen2_5_vl")
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            cfg.model, dtype=torch.bfloat16 if cuda else torch.float32, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SystemExit(f"cannot load --model {cfg.model}: {reason}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SystemExit(f"cannot load --model {cfg.model}: {' '.join(str(error).split())[:300]}") from None
     image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return model.to(device), tokenizer, image_processor
+    return Policy(model.to(device), tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
 
 
 class Encoder:
     """Records to prompts and truths to target texts: all that needs the tokenizer or the image processor."""
 
-    def __init__(self, model, tokenizer, image_processor, max_prompt_tokens=2048):
+    def __init__(self, model, tokenizer, image_processor):
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.max_prompt_tokens = max_prompt_tokens
+        self.plain = copy.deepcopy(tokenizer)  # a thread encodes prompts: switching one is not atomic
         self.rope_index, self.device = model.model.get_rope_index, model.device
         self.image_token = model.config.image_token_id
         eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.eos = [eos] if isinstance(eos, int) else list(eos)  # Qwen2.5-VL has two
 
-    def prompt(self, index, record):
-        """Read the image and build the chat around it -> Prompt. SystemExit names an image that fails."""
-        try:
-            return self.encode(index, record, open_image(record["path"]))
-        except OSError as error:
-            raise SystemExit(f"{record['path']}: cannot be read ({error})") from None
-
-    def encode(self, index, record, image):
-        """The same with the image at hand."""
-        if image.size != (record["width"], record["height"]):
-            said = (record["width"], record["height"])
+    def prompt(self, index, record, image=None):
+        """Read the image and build the chat around it -> Prompt, on the CPU. OSError if the image cannot be
+        opened, SystemExit if it has another size than its line in the data says."""
+        image = open_image(record["path"]) if image is None else image
+        said = record["width"], record["height"]
+        if image.size != said:
             raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
-        limits = self.image_processor.size
-        room = self.max_prompt_tokens - len(self.chat(question(record), 0, 0)[0])  # a token is 28 x 28 pixels
-        least, most = limits["shortest_edge"], min(limits["longest_edge"], room * 28 * 28)
-        if most < least:
-            raise SystemExit(f"{record['path']}: --max_prompt_tokens leaves room for {room} visual tokens")
-        size = {"shortest_edge": least, "longest_edge": most}
-        seen = self.image_processor(images=[image], size=size, return_tensors="pt")
-        grid = seen["image_grid_thw"]
-        rows, columns = grid[0, 1].item(), grid[0, 2].item()
-        ids, positions = self.chat(question(record), rows, columns)
-        counting = record["task"] == "counting"
-        return Prompt(
-            index, record, ids, positions, seen["pixel_values"].to(self.device), grid.to(self.device),
-            14 * columns, 14 * rows,
-            truth=to_model_space(record["points" if counting else "boxes"], image.size, grid),
-            ignore=to_model_space(record["ignore"], image.size, grid),
-        )
+        grid, width, height, truth, ignore = self.to_model(record)
+        question = task_of(record).question.format(target=record["target"])
+        ids, positions = self.chat(question + LABELLED * ("labels" in record), height // 14, width // 14)
+        pixels = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        return Prompt(index, record, ids, positions, pixels, grid, width, height, truth, ignore)
+
+    def to_model(self, record):
+        """A record in model space, without opening its image -> (grid, width, height, truth, ignore)."""
+        limits, size = self.image_processor.size, (record["width"], record["height"])
+        height, width = smart_resize(*size[::-1], 28, limits["shortest_edge"], limits["longest_edge"])
+        grid, truth = torch.tensor([[1, height // 14, width // 14]]), record["truth"]
+        truth = to_model_space(truth, size, grid) if isinstance(truth, np.ndarray) else truth
+        return grid, width, height, truth, to_model_space(record["ignore"], size, grid)
 
     @functools.lru_cache(maxsize=1024)
     def chat(self, question, rows, columns):
         """The question about an image of rows x columns patches -> ids (L,), M-RoPE positions (3, L)."""
-        chat = CHAT.format(question=question)
-        chat = chat.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches a token
-        ids = torch.tensor([self.tokenizer(chat, add_special_tokens=False).input_ids])
+        before, after = CHAT.split("{question}")
+        before = before.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches
+        ids = self.tokens(before, special=True) + self.tokens(question) + self.tokens(after, special=True)
+        ids, grid = torch.tensor([ids]), torch.tensor([[1, rows, columns]])
         # Without the token types positions would silently be 1-D, and the model blind to where things are.
-        token_types, grid = (ids == self.image_token).int(), torch.tensor([[1, rows, columns]])
-        positions, _ = self.rope_index(ids, token_types, grid)
-        return ids[0].to(self.device), positions[:, 0].to(self.device)
+        positions, _ = self.rope_index(ids, (ids == self.image_token).int(), grid)
+        return ids[0], positions[:, 0]
+
+    def tokens(self, text, special=False):
+        """Text -> ids. Special tokens are read as such only where asked for: a label may hold any string."""
+        tokenizer = self.tokenizer if special else self.plain
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
 
     def decode(self, completion):
         """Token ids -> text, less the closing EOS. Other special tokens stay visible and break the format."""
         ids = completion.tolist()
-        return self.tokenizer.decode(ids[:-1] if ids[-1] in self.eos else ids, skip_special_tokens=False)
+        ids = ids[:-1] if ids[-1] in self.eos else ids
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def look_length(self, completion):
         """How many tokens run up to and including `</look>`; all of them if it never comes."""
@@ -626,34 +658,43 @@ class Encoder:
         return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
 
     def target(self, prompt):
-        """The supervised target: the truth in the method's template, left to right."""
-        order, record = np.argsort(prompt.truth[:, 0], kind="stable"), prompt.record
-        truth = np.clip(prompt.truth[order], 0, [prompt.width, prompt.height] * (prompt.truth.shape[1] // 2))
-        answer = truth.round().astype(int).tolist()
-        if record["task"] == "ocr":
-            answer = record["transcript"]
-        elif "labels" in record:
-            labels = [record["labels"][i] for i in order]
-            answer = json.dumps([{"bbox_2d": box, "label": label} for box, label in zip(answer, labels)])
-        text = f"<answer>{answer}</answer>"
-        if record["method"] == "dip-r1":  # a thought and a weak look (our reading) come first
-            look = weak_look(truth, prompt.width, prompt.height, prompt.index).round().astype(int).tolist()
-            who = "people" if record["target"] == "person" else record["target"] + "s"
-            text = f"<think>{len(truth)} {who}, {len(look)} to look at</think><look>{look}</look>{text}"
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids + self.eos[:1]
-        return torch.tensor(ids, device=self.device)
+        """The supervised target (n,): the truth written in the task's template, and EOS."""
+        text = target_text(prompt.record, prompt.truth, prompt.width, prompt.height, prompt.index)
+        return torch.tensor(self.tokens(text) + self.eos[:1], device=self.device)
+
+
+def target_text(record, truth, width, height, seed):
+    """The truth in the template of the record's task, boxes from left to right."""
+    task, answer = task_of(record), truth
+    if task.columns:
+        order = np.argsort(truth[:, 0], kind="stable")
+        answer = truth[order].round().astype(int)
+        if task.columns == 4:  # a box thinner than a pixel keeps one
+            answer[:, 2:] = np.maximum(answer[:, 2:], answer[:, :2] + 1)
+        answer = answer.tolist()
+        if "labels" in record:
+            names = [record["labels"][i] for i in order]
+            answer = [{"bbox_2d": box, "label": name} for box, name in zip(answer, names)]
+        # Escaped: what could close a section, and loose accents, which NFC would join to an escape.
+        answer = json.dumps(answer, ensure_ascii=False)
+        answer = re.sub("[<\u0300-\u036f]", lambda found: f"\\u{ord(found[0]):04x}", answer)
+    text = f"<answer>{answer}</answer>"
+    if "look" in task.sections:
+        look = weak_look(truth, width, height, seed).round().astype(int).tolist()
+        text = f"<think>{len(truth)} in sight, {len(look)} to look at</think><look>{look}</look>{text}"
+    return text
 
 
 def weak_look(truth, width, height, seed):
-    """The supervised look at people, (n, 4) -> (k, 4). Nobody annotated where to look: this is a weak label.
+    """The supervised look at boxes (n, 4) -> (k, 4): a weak label, our reading, since nothing is annotated.
 
-    A region around each cluster of people who overlap; each is left out one time in four, and one time in two
+    A region around each cluster of boxes that overlap; each is left out one time in four, and one time in two
     there is one more somewhere, between a quarter and half the image wide and high. So the answer learns to
-    trust the picture and not the look. If it copies people from the look, or takes a region as proof of a
-    crowd, it invents people as soon as GRPO teaches the look to point at doubtful places.
+    trust the image and not the look. If it copied boxes from the look, or took a region as proof of a crowd,
+    it would invent boxes as soon as GRPO teaches the look to point at doubtful places.
     """
     rng = np.random.default_rng(seed)
-    look = crowds(truth, 0.2)
+    look = crowds(truth)
     look = look[rng.random(len(look)) < 0.75]
     if rng.random() < 0.5:
         size = rng.uniform(0.25, 0.5, 2) * [width, height]
@@ -662,76 +703,60 @@ def weak_look(truth, width, height, seed):
     return look[np.argsort(look[:, 0], kind="stable")]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Scoring: one group is one row, and prompt and image are read once for all its completions
+
+
 @dataclass
-class Group:
-    """One prompt and its completions o_1 .. o_G; flat tensors run over all their N = sum_i |o_i| tokens."""
+class Packed:
+    """R groups, each one row [ image + prompt | o_1 | o_2 | ... | o_G ], padded to the longest row, L.
 
-    prompt: Prompt
-    completions: list  # G tensors of token ids, EOS included
-    rollout_logp: torch.Tensor | None = None  # (N,) log-probabilities with which the sampler drew them
-    texts: list | None = None  # G decoded completions
-    advantages: torch.Tensor | None = None  # (N,)
-    old_logp: torch.Tensor | None = None  # (N,) log pi_old, before the first update
-    ref_logp: torch.Tensor | None = None  # (N,) log pi_ref
-
-    @property
-    def n_tokens(self):
-        return sum(map(len, self.completions))
-
-
-def pack(group):
-    """Lay a group out as one row [ image + prompt | o_1 | o_2 | ... | o_G ] of length L.
-
-    Returns ids (L,), M-RoPE positions (L, 3) and source (N,): for each completion token the place in the row
-    whose hidden state predicts it. Every completion starts at the position where the prompt ended, so to
-    itself it is the only one.
+    Attention wants the same tokens by completion: the *tree* [ prompt, P | o_1, T | ... | o_G, T ], with P
+    and T the longest prompt and completion of the forward.
     """
-    prompt, end = group.prompt, len(group.prompt.ids)
-    device, first = prompt.ids.device, prompt.positions.max() + 1
-    ids, positions, sources, start = [prompt.ids], [prompt.positions.T], [], end
-    for completion in group.completions:
-        steps = torch.arange(len(completion), device=device)
-        ids.append(completion)
-        positions.append((first + steps)[:, None].expand(-1, 3))
-        sources.append(torch.where(steps == 0, end - 1, start + steps - 1))
-        start += len(completion)
-    return torch.cat(ids), torch.cat(positions), torch.cat(sources)
+
+    ids: torch.Tensor  # (R, L)
+    positions: torch.Tensor  # (3, R, L); every completion starts where the prompt ended, as if it were alone
+    sources: torch.Tensor  # (N,) for each completion token the place, in R x L, that predicts it
+    to_tree: torch.Tensor  # (R, G T) the column of each completion token in its row; of padding, any
+    from_tree: torch.Tensor  # (R, L) the place of each column in the tree
+    mask: torch.Tensor  # (R G, 1, T, P + T) True where a completion's token attends: its prompt, and back
 
 
-@dataclass
-class Tree:
-    """How R packed rows of length L branch: a prompt of up to P tokens, G completions of up to T."""
+def pack(groups):
+    """Lay groups out for one forward -> Packed. Every index follows from the lengths of the parts.
 
-    prompt: int  # P
-    there: torch.Tensor  # (R, G T) the column of each completion token; of padding, any
-    back: torch.Tensor  # (R, L) the place of each column in [ prompt, P | o_1, T | ... | o_G, T ]
-    mask: torch.Tensor  # (R G, 1, T, P + T) True where a completion's token may look: its prompt, and back
+    A prompt of 3 tokens with completions a b and c, alone in a forward: the row is [ p p p a b c ], the tree
+    [ p p p | a b | c . ], `to_tree` 3 4 5 5, `from_tree` 0 1 2 3 4 5, `sources` 2 3 2, positions 0 1 2 3 4 3.
+    """
+    rows = [torch.cat([group.prompt.ids, *group.completions]) for group in groups]
+    device, R, L = rows[0].device, len(rows), max(map(len, rows))
+    prompts = torch.tensor([len(group.prompt.ids) for group in groups])[:, None, None]  # (R, 1, 1)
+    lengths = pad_sequence([torch.tensor([len(o) for o in g.completions]) for g in groups], batch_first=True)
+    P, G, T = prompts.max().item(), lengths.shape[1], lengths.max().item()
+    t, key = torch.arange(T), torch.arange(P + T)
+    column = prompts + (lengths.cumsum(1) - lengths)[..., None] + t  # (R, G, T) of token t of o_i in its row
+    real = t < lengths[..., None]  # the rest is padding
+    here = torch.arange(R)[:, None, None].expand_as(real)[real], column[real]  # of all N tokens
 
-
-def branch(groups):
-    """The Tree of these groups, one to a row."""
-    R, G = len(groups), max(len(group.completions) for group in groups)
-    P = max(len(group.prompt.ids) for group in groups)
-    T = max(len(o) for group in groups for o in group.completions)
-    L = max(len(group.prompt.ids) + group.n_tokens for group in groups)
-    there, back = torch.zeros(R, G, T, dtype=torch.long), torch.zeros(R, L, dtype=torch.long)
-    mask = torch.ones(T, P + T, dtype=torch.bool).tril(P).repeat(R, G, 1, 1)
-    for row, group in enumerate(groups):
-        start = len(group.prompt.ids)
-        back[row, :start] = torch.arange(start)
-        mask[row, ..., start:P] = False
-        for i, o in enumerate(group.completions):
-            there[row, i, : len(o)] = torch.arange(start, start + len(o))
-            back[row, start : start + len(o)] = torch.arange(P + i * T, P + i * T + len(o))
-            start += len(o)
-    device = groups[0].prompt.ids.device
-    return Tree(P, there.flatten(1).to(device), back.to(device), mask.flatten(0, 1)[:, None].to(device))
+    from_tree = torch.arange(L).repeat(R, 1)  # a token of the prompt stays in its place
+    from_tree[here] = (P + torch.arange(G * T)).view(G, T).expand_as(real)[real]
+    before = torch.where(t == 0, prompts, column)[real] - 1  # o_i's first token follows the prompt's last
+    mask = (key < prompts) | (key >= P) & (key <= P + t[:, None])  # (R, T, P + T)
+    positions = pad_sequence([group.prompt.positions.T for group in groups], batch_first=True)  # (R, P, 3)
+    first = positions.amax(dim=(1, 2))[here[0].to(device)] + 1
+    positions = pad(positions, (0, 0, 0, L - P))
+    positions[here] = (first + t.expand_as(real)[real].to(device))[:, None]
+    to_tree = column.clamp(max=L - 1).flatten(1)  # padding gathers any token
+    layout = here[0] * L + before, to_tree, from_tree, mask.repeat_interleave(G, 0)[:, None]
+    ids = pad_sequence(rows, batch_first=True)
+    return Packed(ids, positions.permute(2, 0, 1), *(x.to(device) for x in layout))
 
 
 # o = softmax(q k^T / sqrt(d)) v
 def attend(query, key, value, mask):
     """(B, H, Q, D), (B, H', K, D) x 2, mask or None (causal) -> (B, Q, H, D); heads share keys, H' <= H."""
-    if query.is_cuda and mask is not None:  # those kernels know no shared heads
+    if query.is_cuda and mask is not None:  # CUDA's masked kernels do not support grouped heads
         shared = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     causal = mask is None and query.shape[2] > 1
@@ -740,81 +765,56 @@ def attend(query, key, value, mask):
 
 
 def tree_attention(module, query, key, value, attention_mask, **options):
-    """Causal attention in which completions do not see each other: (R, H, L, D) x 3, Tree -> (R, L, H, D).
+    """Causal attention in which completions do not see each other: (R, H, L, D) x 3, Packed -> (R, L, H, D).
 
-    A prompt's token attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper than a
-    mask over the whole row: what siblings would contribute has weight 0, so it is not computed, which leaves
-    about a quarter, and no (L, L) mask exists. transformers calls this in every layer; without a Tree (in
-    prefill) it is the usual attention.
+    A token of the prompt attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper
+    than a mask over the whole row: what siblings would contribute has weight 0 and is not computed, and no
+    (L, L) mask exists. transformers calls this in every layer; without Packed (in prefill) it is the usual
+    causal attention.
     """
-    if not isinstance(attention_mask, Tree):
+    if not isinstance(attention_mask, Packed):
         return attend(query, key, value, attention_mask), None
-    tree, R, P = attention_mask, len(query), attention_mask.prompt
-    G = len(tree.mask) // R
+    packed, R = attention_mask, len(query)
+    G, P = len(packed.mask) // R, packed.mask.shape[-1] - packed.mask.shape[-2]
 
-    def stem(x):  # (R, H, P, D)
-        return x[:, :, :P]
+    def by_completion(x):  # (R G, H, T, D)
+        columns = packed.to_tree[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return x.gather(2, columns).unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
 
-    def branches(x):  # (R G, H, T, D)
-        there = tree.there[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-        return x.gather(2, there).unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
+    def behind_prompt(x):  # (R G, H, P + T, D)
+        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_completion(x)], dim=2)
 
-    def both(x):  # (R G, H, P + T, D)
-        return torch.cat([stem(x).repeat_interleave(G, 0), branches(x)], dim=2)
-
-    of_prompt = attend(stem(query), stem(key), stem(value), None)
-    of_tokens = attend(branches(query), both(key), both(value), tree.mask)
+    of_prompt = attend(query[:, :, :P], key[:, :, :P], value[:, :, :P], None)
+    of_tokens = attend(by_completion(query), behind_prompt(key), behind_prompt(value), packed.mask)
     out = torch.cat([of_prompt, of_tokens.unflatten(0, (R, G)).flatten(1, 2)], dim=1)
-    return out.gather(1, tree.back[..., None, None].expand(-1, -1, *out.shape[2:])), None
+    return out.gather(1, packed.from_tree[..., None, None].expand(-1, -1, *out.shape[2:])), None
 
 
-# log pi(y) = z_y - log sum_v exp z_v,    z = W h + b;              d log pi(y) / d z_v = [v = y] - pi(v)
-class TokenLogprobs(torch.autograd.Function):
+# log pi(y) = z_y - log sum_v exp z_v,    z = W h + b
+def token_logprobs(hidden, weight, bias, targets, chunk=512):
     """log pi of each target: h (N, D), W (V, D), b (V,), targets (N,) -> (N,) in fp32.
 
-    A chunk of tokens at a time, and again in the backward: so the logits of a whole group (8 x 1,024 x 152k:
-    5 GB) never exist at once. The backward is written out, so that z becomes pi, and pi the gradient, in
-    place; autograd would keep a tensor of that size for each step of the way.
+    A chunk of tokens at a time, computed again in the backward, so that the logits of a whole group
+    (8 x 1,024 x 152k in fp32: 5 GB) never exist at once.
     """
+    def of_chunk(h, y):
+        return -cross_entropy(linear(h, weight, bias).float(), y, reduction="none")
 
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk=512):
-        found = []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-            z = linear(h, weight, bias).float()
-            found.append(torch.stack([z.gather(1, y[:, None])[:, 0], z.logsumexp(1)]))
-        z_y, log_sum = torch.cat(found, dim=1)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_sum)
-        ctx.chunk = chunk
-        return z_y - log_sum
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, bias, *of_tokens = ctx.saved_tensors
-        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        columns = [x[:, None] for x in (*of_tokens, grad)]  # targets, log sum exp z, gradient: (N, 1) each
-        for h, of_h, y, log_sum, g in zip(*(x.split(ctx.chunk) for x in (hidden, of_hidden, *columns))):
-            pi = linear(h, weight, bias).float().sub_(log_sum).exp_()
-            of_z = pi.mul_(-g).scatter_add_(1, y, g).to(weight.dtype)  # g ([v = y] - pi)
-            of_h.copy_(of_z @ weight)
-            of_weight.addmm_(of_z.T, h)
-        return of_hidden, of_weight, None, None, None
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in chunks])
 
 
 class Policy(nn.Module):
     """A Qwen2.5-VL, and the one question of training: how likely was each token of these groups?
 
-    Its forward is the one that DDP wraps; prompt and vision tower run once in it for all G completions.
+    Its forward is the one that DDP wraps.
     """
 
     def __init__(self, model, tokenizer, temperature=1.0):
         super().__init__()
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-
         self.model, self.temperature = model, temperature
         AttentionInterface.register("tree", tree_attention)
-        AttentionMaskInterface.register("tree", sdpa_mask)  # where no Tree is given
+        AttentionMaskInterface.register("tree", sdpa_mask)  # where no Packed is given
         model.model.language_model.set_attn_implementation("tree")
         config = model.config
         # A sampled placeholder would want an image that is not there; ids beyond the tokenizer have no text.
@@ -832,9 +832,15 @@ class Policy(nn.Module):
         pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
         return list(self.model.get_image_features(pixels, grid).pooler_output)
 
+    @torch.no_grad()
+    def keep_features(self, prompts):
+        """One pass of the vision tower for all that follows, where it is not trained."""
+        for prompt, features in zip(prompts, self.see(prompts)):
+            prompt.features = features
+
     def embed(self, ids, features):
-        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder that
-        a completion holds stays an ordinary token."""
+        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder token
+        inside a completion stays an ordinary token."""
         embeds = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
@@ -844,24 +850,15 @@ class Policy(nn.Module):
         return hidden / self.temperature, self.model.lm_head.weight, self.forbidden
 
     def forward(self, groups):
-        """Groups -> the flat (N,) log-probabilities of all their tokens, group by group. Rows of different
-        length are padded to the longest; nothing else is."""
-        features = self.see([group.prompt for group in groups])
-        ids, positions, sources = zip(*map(pack, groups))
-        embeds = pad_sequence([self.embed(i, f) for i, f in zip(ids, features)], batch_first=True)
-        positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
+        """Groups -> the flat (N,) log-probabilities of all their tokens, group by group."""
+        packed, features = pack(groups), self.see([group.prompt for group in groups])
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False,
-            attention_mask={"full_attention": branch(groups)},  # in this form it goes to the layers untouched
+            inputs_embeds=torch.stack([self.embed(i, f) for i, f in zip(packed.ids, features)]),
+            position_ids=packed.positions, use_cache=False,
+            attention_mask={"full_attention": packed},  # in this form it goes to the layers untouched
         ).last_hidden_state
-        hidden = torch.cat([row[source] for row, source in zip(hidden, sources)])
         targets = torch.cat([completion for group in groups for completion in group.completions])
-        return TokenLogprobs.apply(*self.head(hidden), targets)
-
-
-def in_chunks(items, size):
-    """A list or range in pieces of `size`; the last may be shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+        return token_logprobs(*self.head(hidden.flatten(0, 1)[packed.sources]), targets)
 
 
 def unwrap(policy):
@@ -881,15 +878,14 @@ def draw_uniforms(seed, step, index, shape):
 
 # token = min { v : sum_{w <= v} p_w > U },   U uniform in [0, 1)
 def inverse_cdf(logprobs, uniform):
-    """Sample tokens (B,) of the distributions (B, V) with uniforms (B,).
+    """Sample tokens (B,) of the distributions (B, V) with uniforms (B,); NaN takes the likeliest token.
 
-    The full softmax: no top-k, no top-p, none of the checkpoint's generation defaults, for the sampled
+    The full softmax: no top-k, no top-p, none of the checkpoint's generation defaults, because the sampled
     distribution must be the scored one.
     """
-    cdf = logprobs.exp().cumsum(-1)
-    total = cdf[:, -1:]  # 1, but for rounding; U * total must stay below it, whichever way that rounds
-    level = (uniform[:, None] * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, level, right=True)[:, 0]
+    cdf = logprobs.exp().cumsum(-1)  # up to 1, but for rounding
+    sampled = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return torch.where(uniform.isnan(), logprobs.argmax(-1), sampled)
 
 
 def prefill(policy, prompts, copies, room):
@@ -899,10 +895,8 @@ def prefill(policy, prompts, copies, room):
     keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a token.
     Prompts are padded on the right to L: under causal attention no real token sees the padding.
     """
-    from transformers import DynamicCache
-
-    features = policy.see(prompts)
-    embeds = pad_sequence([policy.embed(p.ids, f) for p, f in zip(prompts, features)], batch_first=True)
+    embeds = [policy.embed(p.ids, features) for p, features in zip(prompts, policy.see(prompts))]
+    embeds = pad_sequence(embeds, batch_first=True)
     positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
     lengths = torch.tensor([len(p.ids) for p in prompts], device=embeds.device)
     prefix = DynamicCache()
@@ -920,60 +914,32 @@ def prefill(policy, prompts, copies, room):
     return logprobs.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
 
-def linear_of_few(rows):
-    """-> a function: x W^T + b for x (rows, D), while the weights stay as they are.
-
-    Each token takes every weight for a handful of rows, so what counts is how fast weights are read. MKL, on
-    Intel's and AMD's CPUs, reads a copy packed for so many rows faster (by the op that torch.compile uses);
-    the copies, as large as the decoder, live as long as the function. Elsewhere the same sums are taken as
-    (W x^T)^T.
-    """
-    has_mkl, packed = torch.backends.mkl.is_available(), {}
-
-    def linear_here(x, weight, bias=None):
-        if not (has_mkl and weight.is_cpu):
-            out = (weight @ x.T).T
-            return out if bias is None else out + bias
-        if id(weight) not in packed:
-            packed[id(weight)] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-        return torch.ops.mkl._mkl_linear(x, packed[id(weight)], weight, bias, rows)
-
-    return linear_here
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding: x (B, H, D) at the angles of its position, cos and sin (B, 1, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-
 def decode_step(policy, cache):
-    """-> a function: one more token a row, token and position (B,) -> log-probabilities (B, V) of the next.
+    """-> a function: one more token per row, token and position (B,) -> log-probabilities (B, V) of the next.
 
     It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
-    This is Qwen2.5-VL's decoder, written out, with the model's own weights: so its products can take the form
-    that is fast for few rows, and all its tensors keep their places, as a CUDA graph needs it.
+    This is Qwen2.5-VL's decoder, written out, with the model's own layers: no tensor moves, as CUDA graphs
+    require, and heads that share keys need no copies of them.
     """
-    decoder, linear_here = policy.model.model.language_model, linear_of_few(len(cache[0][0]))
-
-    def project(layer, x):
-        return linear_here(x, layer.weight, layer.bias)
+    decoder = policy.model.model.language_model
 
     def step(token, position, column, visible):
         x = decoder.embed_tokens(token)
-        angles = decoder.rotary_emb(x, position[:, None])  # of a text's token all three axes agree
+        angles = decoder.rotary_emb(x, position[:, None])  # of a text token all three axes agree
         for layer, (keys, values) in zip(decoder.layers, cache):
-            attention, mlp, h = layer.self_attn, layer.mlp, layer.input_layernorm(x)
-            q, k, v = (project(one, h).unflatten(1, (-1, attention.head_dim))
-                       for one in (attention.q_proj, attention.k_proj, attention.v_proj))
-            keys.index_copy_(2, column, rotate(k, *angles)[:, :, None])
-            values.index_copy_(2, column, v[:, :, None])
-            q = rotate(q, *angles).unflatten(1, (keys.shape[1], -1))  # heads that share keys: a longer query
-            o = scaled_dot_product_attention(q.contiguous(), keys, values, visible)
-            x = x + project(attention.o_proj, o.flatten(1))
-            h = layer.post_attention_layernorm(x)
-            x = x + project(mlp.down_proj, mlp.act_fn(project(mlp.gate_proj, h)) * project(mlp.up_proj, h))
-        return linear_here(*policy.head(decoder.norm(x))).float().log_softmax(-1)
+            attention, h = layer.self_attn, layer.input_layernorm(x)
+            q, k, v = (project(h).unflatten(1, (-1, 1, attention.head_dim))  # (B, H, 1, D)
+                       for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k = apply_rotary_pos_emb(q, k, *angles)
+            keys.index_copy_(2, column, k)
+            values.index_copy_(2, column, v)
+            q = q.reshape(len(q), keys.shape[1], -1, attention.head_dim)  # shared keys: a longer query
+            o = scaled_dot_product_attention(q, keys, values, visible)
+            x = x + attention.o_proj(o.flatten(1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        h, weight, bias = policy.head(decoder.norm(x))
+        logits = (weight @ h.T).T + bias  # for few rows, CPUs read a large W faster in this form
+        return logits.float().log_softmax(-1)
 
     return step
 
@@ -987,15 +953,16 @@ def captured(step, *inputs):
     """
     places = [value.clone() for value in inputs]
     try:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # libraries set themselves up on first use, which must not be recorded
-                step(*places)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logprobs = step(*places)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(*places)  # libraries set themselves up on first use, which must not be recorded
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using CUDA
+            try:
+                logprobs = step(*places)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
     except RuntimeError as error:
         warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
         return step
@@ -1013,185 +980,49 @@ def captured(step, *inputs):
 def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
     """Complete each prompt G times -> a list of Groups.
 
-    `uniforms` (P, G, max_new_tokens) are the random numbers; None decodes greedily, G = 1. All rows write
-    their t-th token to the same column of the cache; rows that have met EOS are dropped once they are the
-    half.
+    `uniforms` (P, G, max_new_tokens) are the random numbers, NaN where the likeliest token is wanted; None:
+    one greedy completion each. All rows write their t-th token to the same column of the cache. Rows that
+    have met EOS are dropped once they make up half of the batch.
     """
     policy.eval()
-    P, G = len(prompts), 1 if uniforms is None else uniforms.shape[1]
-    device, eos = policy.model.device, torch.tensor(encoder.eos, device=policy.model.device)
+    if uniforms is None:
+        uniforms = torch.full((len(prompts), 1, max_new_tokens), float("nan"))
+    device, G = policy.model.device, uniforms.shape[1]
+    uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
     logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)
-    uniforms = None if uniforms is None else uniforms.flatten(0, 1).to(device)
-    tokens = torch.zeros(P * G, max_new_tokens, dtype=torch.long, device=device)
-    chosen = torch.zeros(P * G, max_new_tokens, device=device)  # log-probabilities of the tokens
-    written = torch.zeros(P * G, dtype=torch.long, device=device)
-    running = torch.ones(P * G, dtype=torch.bool, device=device)
-    rows, step = torch.arange(P * G, device=device), None  # the rows still in the batch, and how to go on
+    column = torch.tensor([visible.shape[-1] - max_new_tokens], device=device)  # behind the prompts
+    tokens = torch.zeros(len(first), max_new_tokens, dtype=torch.long, device=device)
+    chosen = torch.zeros(len(first), max_new_tokens, device=device)  # log-probabilities of the tokens
+    lengths, rows, step = torch.zeros_like(first), torch.arange(len(first), device=device), None
+    running = torch.ones_like(rows, dtype=torch.bool)  # of the rows still in the batch, who has no EOS
     for t in range(max_new_tokens):
-        token = logprobs.argmax(-1) if uniforms is None else inverse_cdf(logprobs, uniforms[rows, t])
+        token = inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
-        written[rows] += running[rows]  # EOS is the last token written
-        running[rows] &= ~torch.isin(token, eos)
-        going = running[rows]
-        if not going.any() or t + 1 == max_new_tokens:
+        lengths[rows] += running  # EOS is the last token of a completion
+        running &= ~torch.isin(token, eos)
+        n_running = running.sum().item()  # the one place where the CPU waits for the GPU
+        if n_running == 0 or t + 1 == max_new_tokens:
             break
-        if going.sum() <= len(rows) // 2:
-            rows, token, visible, first = rows[going], token[going], visible[going], first[going]
-            cache = [(keys[going], values[going]) for keys, values in cache]
-            step = None  # a recorded step has a fixed number of rows
-        column = visible.shape[-1] - max_new_tokens + t  # behind the prompts
-        visible[..., column] = True
-        inputs = token, first + t, torch.tensor([column], device=device), visible
+        if n_running <= len(rows) // 2:
+            rows, token, visible, first = (x[running] for x in (rows, token, visible, first))
+            cache = [(keys[running], values[running]) for keys, values in cache]
+            running, step = running[running], None  # a recorded step has a fixed number of rows
+        visible.index_fill_(-1, column, True)
+        inputs = token, first + t, column, visible
         if step is None:
             step = decode_step(policy, cache)
             step = captured(step, *inputs) if device.type == "cuda" else step
         logprobs = step(*inputs)
+        column += 1
 
-    completions = [tokens[row, : written[row]] for row in range(P * G)]
-    logp = [chosen[row, : written[row]] for row in range(P * G)]
-    texts = [encoder.decode(completion) for completion in completions]
-    parts = zip(prompts, in_chunks(completions, G), in_chunks(logp, G), in_chunks(texts, G))
-    return [Group(prompt, os, torch.cat(logps), words) for prompt, os, logps, words in parts]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Data, and who reads which part of it
-
-
-def rank_and_world():
-    """(this process, how many there are); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def print0(*args):
-    """Print once, on rank 0."""
-    if rank_and_world()[0] == 0:
-        print(*args, flush=True)
-
-
-def barrier():
-    """Wait for the other ranks, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def over_ranks(values, reduction):
-    """A list of numbers, reduced over the ranks ("SUM", "MIN", "MAX") -> list of floats."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values, getattr(dist.ReduceOp, reduction))
-    return values.tolist()
-
-
-def progress(items, title, total, start=0):
-    """A bar, on rank 0."""
-    return tqdm(items, title, total, initial=start, disable=rank_and_world()[0] > 0)
-
-
-def open_image(path):
-    """An image as people see it: upright (EXIF), RGB. OSError if it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow, of broken files
-        raise OSError(error) from None
-
-
-def read_jsonl(path, check):
-    """A JSON object a line -> a list of check(object). SystemExit names the line at which that fails."""
-    checked = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            if line.strip():
-                checked.append(check(json.loads(line)))
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise SystemExit(f"{path}, line {number}: {type(error).__name__}: {error}") from None
-    return checked
-
-
-TRUTH = {"detection": "boxes", "grounding": "boxes", "counting": "points", "ocr": "transcript"}  # of a line
-
-
-def load_records(path, method="dip-r1"):
-    """Read a JSONL that data_prep.py wrote, check every line, and say where each image lies (`path`)."""
-    path = Path(path)
-    if not path.is_file():
-        raise SystemExit(
-            f"{path} is not there. Make it from CrowdHuman,\n"
-            f"    python data_prep.py crowdhuman ROOT --split train --out {path}\n"
-            f"or draw scenes,\n    python data_prep.py synthetic --out {path.parent}\n"
-            f"or see the whole method at work without any data,\n    python dipr1.py --demo"
-        )
-
-    def check(line):
-        record = {"target": "person", "task": "detection", "method": method, "ignore": [], **line}
-        if record["method"] not in ("dip-r1", "perception-r1"):
-            raise ValueError(f"no method {record['method']!r}")
-        if record["method"] == "dip-r1" and record["task"] != "detection":
-            raise ValueError(f"the task {record['task']} needs --method perception-r1")
-        truth = record[TRUTH[record["task"]]]
-        if isinstance(truth, str) != (record["task"] == "ocr"):
-            raise ValueError(f"its {TRUTH[record['task']]} cannot be {truth!r}")
-        for name, k in (("boxes", 4), ("ignore", 4), ("points", 2)):
-            record[name] = np.array(record.get(name, []), float).reshape(-1, k)
-            if not np.isfinite(record[name]).all():
-                raise ValueError(f"{name} must be finite")
-        if not (record["width"] > 0 and record["height"] > 0):
-            raise ValueError("sizes must be positive")
-        if record["task"] == "grounding" and len(record["boxes"]) != 1:
-            raise ValueError("grounding is of one box")
-        if "labels" in record and len(record["labels"]) != len(record["boxes"]):
-            raise ValueError("as many labels as boxes")
-        return record | {"path": str(path.parent / record["image"])}
-
-    records = read_jsonl(path, check)
-    if not records:
-        raise SystemExit(f"{path} holds no image")
-    return records
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    """The order in which an epoch takes its n records."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def batch_indices(n, batch, seed, step):
-    """Which of n records step `step` takes: a fresh shuffle an epoch, a function of (seed, step) alone."""
-    return [int(epoch_order(n, seed, k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
-
-
-def batches(encoder, records, batch, seed, steps, start=0):
-    """Yield (step, this rank's prompts) from `start` on; the next step's images are read while one trains."""
-    rank, world = rank_and_world()
-    if batch % world:
-        raise SystemExit(f"{batch} images a step cannot be shared out evenly over {world} processes")
-    lost = set()
-
-    def read(index):
-        record = records[index]
-        try:
-            return encoder.encode(index, record, open_image(record["path"]))
-        except OSError as error:  # it was readable when prepared: a grey image of weight 0 takes its place
-            lost.add(index)
-            about = f"{record['path']}: no longer readable ({error}); {len(lost)} lost so far"
-            if len(lost) > 0.01 * len(records):
-                raise SystemExit(f"{about}: more than 1% of the images") from None
-            tqdm.write(about, file=sys.stderr)
-            grey = Image.new("RGB", (record["width"], record["height"]), (128, 128, 128))
-            return replace(encoder.encode(index, record, grey), weight=0.0)
-
-    def load(step):
-        return [read(index) for index in batch_indices(len(records), batch, seed, step)[rank::world]]
-
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(load, start) if start < steps else None
-        for step in range(start, steps):
-            prompts = upcoming.result()
-            upcoming = reader.submit(load, step + 1) if step + 1 < steps else None
-            yield step, prompts
+    completions = [row[:n] for row, n in zip(tokens, lengths.tolist())]
+    logps, groups = [row[: len(o)] for row, o in zip(chosen, completions)], []
+    for number, prompt in enumerate(prompts):
+        mine = slice(number * G, (number + 1) * G)
+        texts = [encoder.decode(o) for o in completions[mine]]
+        groups.append(Group(prompt, completions[mine], torch.cat(logps[mine]), texts))
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1222,9 +1053,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(policy):
-    """AdamW, its 12 bytes a weight (fp32 copy, two moments) shared out over the ranks."""
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
+    """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if dist.is_initialized():
@@ -1238,101 +1067,69 @@ def learning_rate(step, steps, peak, warmup):
     return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
 
 
-@torch.no_grad()
-def keep_features(policy, prompts):
-    """One pass of the vision tower for all that follows: rollout, reference and policy, if it is frozen."""
-    for prompt, features in zip(prompts, policy.see(prompts)):
-        prompt.features = features
+def forwards(groups, tokens_per_forward):
+    """Groups of similar length, as many to a forward as its tokens allow, since its rows are padded to the
+    longest -> a list of lists."""
+    length, lists = lambda group: len(group.prompt.ids) + group.n_tokens, [[]]
+    for group in sorted(groups, key=length):
+        if lists[-1] and (len(lists[-1]) + 1) * length(group) > tokens_per_forward:
+            lists.append([])
+        lists[-1].append(group)
+    return lists
 
 
-@contextlib.contextmanager
-def naming_what_did_not_fit(prompts, completions, flag):
-    """Turn an out-of-memory into what a user needs: the image, the lengths, and what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        prompt = max(prompts, key=lambda prompt: len(prompt.ids))
-        raise SystemExit(
-            f"out of memory at {prompt.record['path']} and {len(prompts) - 1} more: a prompt of "
-            f"{len(prompt.ids)} tokens, {completions} of completions. Lower --max_prompt_tokens, "
-            f"--group_size or {flag}; --gradient_checkpointing saves memory too. PyTorch says: {error}"
-        ) from None
+def scored(policy, groups):
+    """One forward -> (group, its (N,) log-probabilities) for each group."""
+    return zip(groups, policy(groups).split([group.n_tokens for group in groups]))
 
 
-def update(policy, optimizer, chunks, loss_of, lr, max_grad_norm):
-    """One optimizer step on sum_chunks loss_of(chunk), gradients averaged over the ranks by DDP -> metrics.
+def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
+    """One optimizer step on the groups' mean loss, gradients averaged over the ranks by DDP -> metrics.
 
-    Each rank runs one backward a chunk, also where nothing is to be learned. Only the last one synchronises.
-    A loss or gradient that is not finite on one rank is so on all after that: they skip the update together.
+    Each rank runs a backward, also where nothing is to be learned; only its last one synchronises. A loss or
+    gradient that is not finite on one rank makes every rank skip the update.
     """
     policy.train()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    total = 0.0
-    for number, chunk in enumerate(chunks, 1):
-        wait = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(chunks)
-        prompts, longest = [group.prompt for group in chunk], max(group.n_tokens for group in chunk)
-        with (policy.no_sync() if wait else contextlib.nullcontext(),  # around forward and backward both
-              naming_what_did_not_fit(prompts, longest, "--groups_per_forward")):
-            loss = loss_of(chunk)
+    for options in optimizer.param_groups:
+        options["lr"] = lr
+    total, stats, lists = 0.0, [], forwards(groups, cfg.tokens_per_forward)
+    for number, together in enumerate(lists, 1):
+        wait = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(lists)
+        with policy.no_sync() if wait else contextlib.nullcontext():  # around forward and backward both
+            loss = 0.0
+            for group, logp in scored(policy, together):
+                if group.old_logp is None:  # until the first update, pi_old is pi itself
+                    group.old_logp = logp.detach()
+                terms = logp, group.old_logp, group.ref_logp, group.advantages
+                group_loss, group_stats = grpo_loss(*terms, cfg.clip_eps, cfg.beta)
+                loss = loss + group.prompt.weight * group_loss / len(groups)
+                stats.append(group_stats | {"nll": -logp.mean().item()})
             loss.backward()
         total += loss.item()
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    trained = [p for p in policy.parameters() if p.grad is not None]
+    norm = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in trained]).norm()
+    nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
     finite = bool(np.isfinite([norm.item(), *over_ranks([total], "SUM")]).all())
     if finite:
         optimizer.step()
     policy.zero_grad(set_to_none=True)
-    return {"loss": total, "grad_norm": norm.item(), "lr": lr, "skipped": float(not finite)}
+    metrics = {"loss": total, "grad_norm": norm.item(), "lr": lr, "skipped": float(not finite)}
+    return metrics | {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
 
 
+# With one completion, the truth, and A = 1: on policy rho = 1, and the gradient of -rho A is that of -log pi
 def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
-    """One supervised step through the same scoring function: a group of one, the truth -> metrics."""
+    """One supervised step, which is an update on the truth -> (metrics, groups)."""
     groups = [Group(prompt, [encoder.target(prompt)]) for prompt in prompts]
-
-    def loss_of(chunk):
-        logp = policy(chunk).split([group.n_tokens for group in chunk])
-        return -sum(group.prompt.weight * part.mean() for group, part in zip(chunk, logp)) / len(groups)
-
-    groups.sort(key=lambda group: group.n_tokens)  # rows of one forward are padded to the longest
-    chunks = in_chunks(groups, cfg.groups_per_forward * cfg.group_size)  # as many completions as in GRPO
-    return update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
+    for group in groups:
+        group.advantages = torch.ones(group.n_tokens, device=encoder.device)
+    return update(policy, optimizer, groups, cfg, lr), groups
 
 
-def perception_rewards(text, prompt):
-    """Perception-R1's (format in {-1, 1}, answer in [0, 1]) of a completion, by its record's task."""
-    record, pred = prompt.record, read_answer(text, prompt.record)
-    if pred is None:
-        return -1.0, 0.0
-    if record["task"] == "ocr":
-        answer = ocr_reward(pred, record["transcript"])
-    elif record["task"] == "counting":
-        answer = counting_reward(pred, prompt.truth, prompt.width, prompt.height)
-    elif record["task"] == "grounding":
-        answer = grounding_reward(clip_boxes(pred, prompt.width, prompt.height), prompt.truth)
-    else:
-        labels = read_labels(text, len(pred)), record.get("labels")
-        pred = clip_boxes(pred, prompt.width, prompt.height)
-        answer = detection_reward(pred, prompt.truth, prompt.ignore, *labels)
-    return (1.0 if sections(text, ["answer"])[1] else -1.0), answer
-
-
-def group_rewards(group, recall_weight):
-    """(G, 3): the format, look and accuracy reward of each completion; of Perception-R1 the answer's is the
-    accuracy, and no look is asked for."""
-    prompt = group.prompt
-    if prompt.record["method"] == "perception-r1":
-        rewards = [perception_rewards(text, prompt) for text in group.texts]
-        return torch.tensor([[form, 0.0, answer] for form, answer in rewards], dtype=torch.float64)
-    responses, width, height = [parse_response(text) for text in group.texts], prompt.width, prompt.height
-    answers = [None if r.answer is None else clip_boxes(r.answer, width, height) for r in responses]
-    accuracy = [accuracy_reward(answer, prompt.truth, prompt.ignore, recall_weight) for answer in answers]
-    look = look_rewards(responses, width, height)
-    return torch.tensor(np.stack([[format_reward(text) for text in group.texts], look, accuracy], axis=1))
-
-
-def reward_weights(cfg):
-    """(w_f, w_l, w_a)"""
-    return torch.tensor([cfg.format_weight, cfg.look_weight, cfg.accuracy_weight], dtype=torch.float64)
+def total_reward(rewards, cfg, look=True):
+    """(P, G, 3) -> (P, G): w_f format + w_l look + accuracy. The accuracy needs no weight of its own, since
+    advantages do not change when all rewards are scaled."""
+    return rewards @ torch.tensor([cfg.format_weight, cfg.look_weight * look, 1.0], dtype=rewards.dtype)
 
 
 def token_advantages(encoder, groups, rewards, cfg):
@@ -1343,18 +1140,15 @@ def token_advantages(encoder, groups, rewards, cfg):
     without the look term, each with its own mean and std. Our reading; `--look_credit completion` is the
     paper's plain sum for every token.
     """
-    whole = group_advantages(rewards @ reward_weights(cfg))
-    after_look = group_advantages(rewards @ (reward_weights(cfg) * torch.tensor([1, 0, 1])))
-    if cfg.look_credit == "completion":
-        after_look = whole
+    whole = group_advantages(total_reward(rewards, cfg)).tolist()
+    after_look = group_advantages(total_reward(rewards, cfg, look=cfg.look_credit == "completion")).tolist()
     flat = []
-    for group, early, late in zip(groups, whole.tolist(), after_look.tolist()):
+    for group, early, late in zip(groups, whole, after_look):
         parts = []
         for completion, a, b in zip(group.completions, early, late):
-            advantage = torch.full(completion.shape, b, device=completion.device)
+            parts.append(torch.full(completion.shape, b, device=completion.device))
             if a != b:
-                advantage[: encoder.look_length(completion)] = a
-            parts.append(advantage)
+                parts[-1][: encoder.look_length(completion)] = a
         flat.append(torch.cat(parts))
     return flat
 
@@ -1363,64 +1157,40 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     """Sample a group for each prompt, reward it, and update the policy -> (metrics, groups)."""
     started = time.perf_counter()
     if cfg.freeze_vision:
-        keep_features(unwrap(policy), prompts)
+        unwrap(policy).keep_features(prompts)
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
-    with naming_what_did_not_fit(prompts, f"{cfg.group_size} x {cfg.max_new_tokens}", "--max_new_tokens"):
-        groups = rollout(unwrap(policy), encoder, prompts, cfg.max_new_tokens, uniforms)
+    groups = rollout(unwrap(policy), encoder, prompts, cfg.max_new_tokens, uniforms)
     rolled_out = time.perf_counter()
 
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
     for group, advantages in zip(groups, token_advantages(encoder, groups, rewards, cfg)):
         group.advantages = advantages
-    stats = []
-
-    def score(model, chunk):
-        return zip(chunk, model(chunk).split([group.n_tokens for group in chunk]))
-
-    def loss_of(chunk):
-        if reference is not None and chunk[0].ref_logp is None:
-            with torch.no_grad():
-                for group, logp in score(reference, chunk):
-                    group.ref_logp = logp
-        loss = 0.0
-        for group, logp in score(policy, chunk):
-            if group.old_logp is None:  # until the first update, pi_old is pi itself
-                group.old_logp = logp.detach()
-            terms = logp, group.old_logp, group.ref_logp, group.advantages
-            part, part_stats = grpo_loss(*terms, cfg.clip_eps, cfg.beta)
-            loss = loss + group.prompt.weight * part / len(groups)
-            stats.append(part_stats)
-        return loss
-
-    by_length = sorted(groups, key=lambda group: group.n_tokens)  # rows of a forward are padded
-    chunks = in_chunks(by_length, cfg.groups_per_forward)
+    for together in forwards(groups, cfg.tokens_per_forward) if reference else ():
+        with torch.no_grad():
+            for group, logp in scored(reference, together):
+                group.ref_logp = logp
     for _ in range(cfg.num_iterations):
-        metrics = update(policy, optimizer, chunks, loss_of, lr, cfg.max_grad_norm)
-    metrics |= {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
-    metrics |= describe(groups, rewards, encoder, cfg)
-    seconds = time.perf_counter() - started
-    metrics |= {"seconds": seconds, "seconds_rollout": rolled_out - started}
-    metrics |= {"tokens_per_second": sum(group.n_tokens for group in groups) / seconds}
+        metrics = update(policy, optimizer, groups, cfg, lr)
+
+    seconds, n_tokens = time.perf_counter() - started, sum(group.n_tokens for group in groups)
+    metrics |= describe(groups, rewards, encoder, cfg) | {
+        "seconds": seconds, "seconds_rollout": rolled_out - started, "tokens_per_second": n_tokens / seconds}
     return metrics, groups
 
 
 def describe(groups, rewards, encoder, cfg):
     """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
     completions = [o for group in groups for o in group.completions]
-    answers = [read_answer(text, group.prompt.record) for group in groups for text in group.texts]
-    total = rewards @ reward_weights(cfg)
-    sampled = torch.cat([group.rollout_logp for group in groups])
-    scored = torch.cat([group.old_logp for group in groups])
+    answers = [response.answer for group in groups for response in group.responses]
+    total, parts = total_reward(rewards, cfg), rewards.mean(dim=(0, 1)).tolist()
+    gaps = [(group.old_logp - group.rollout_logp).abs() for group in groups]
     return {
         "reward": total.mean().item(),
-        "reward_format": rewards[..., 0].mean().item(),
-        "reward_look": rewards[..., 1].mean().item(),
-        "reward_accuracy": rewards[..., 2].mean().item(),
-        "reward_std": total.std(dim=1).mean().item() if total.shape[1] > 1 else 0.0,
+        "reward_format": parts[0], "reward_look": parts[1], "reward_accuracy": parts[2],
+        "reward_std": total.std(dim=1).mean().item(),
         "frac_zero_std": (total == total[:, :1]).all(dim=1).double().mean().item(),
-        "entropy": -scored.mean().item(),
-        "sampler_gap": (scored - sampled).abs().mean().item(),
+        "sampler_gap": torch.cat(gaps).mean().item(),
         "completion_length": float(np.mean([len(o) for o in completions])),
         "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
         "boxes": float(np.mean([len(a) if isinstance(a, np.ndarray) else 0 for a in answers])),
@@ -1430,102 +1200,200 @@ def describe(groups, rewards, encoder, cfg):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints, log, pictures
+# The method ends here. Processes, and who reads which part of the data
+
+
+def rank_and_world():
+    """(this process, how many there are); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print0(*args):
+    """Print once, on rank 0."""
+    if rank_and_world()[0] == 0:
+        print(*args, flush=True)
+
+
+def over_ranks(values, reduction="SUM"):
+    """Numbers, reduced over the ranks ("SUM", "MAX") -> list of floats; the ranks wait for each other."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, getattr(dist.ReduceOp, reduction))
+    return values.tolist()
+
+
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    over_ranks([0])
+
+
+def join_processes():
+    """Take a GPU, if there are any, and meet the other processes, if torchrun started this one."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew, half a second, for every shape
+    if "RANK" in os.environ and not dist.is_initialized():
+        patience = timedelta(minutes=30)  # if a rank never arrives, stop
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # This store outlives a restart, addresses of dead ranks in it: each start has a part of its own.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+
+
+def as_record(line, method):
+    """A line of the data, checked -> a record, with its truth in `truth`. ValueError says what is wrong."""
+    def text(value):
+        value.encode()  # ValueError for half a surrogate pair, which no tokenizer can write
+        return unicodedata.normalize("NFC", value)  # as completions are read
+
+    record = {"target": "person", "task": "detection", "method": method, "ignore": [], **line}
+    size, task = (record["width"], record["height"]), TASKS.get((record["method"], record["task"]))
+    if task is None:
+        raise ValueError(f"the task {record['task']!r} does not go with --method {record['method']}")
+    if not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"width and height are {size}, not positive whole numbers")
+    for name, columns in (("boxes", 4), ("ignore", 4), ("points", 2)):
+        if name in record:
+            record[name] = check_rows(name, record[name], columns, *size)
+    for name, rows in (("labels", "boxes"), ("ignore_labels", "ignore")) if "labels" in record else ():
+        record[name] = [text(label) for label in record.get(name, [])]
+        if len(record[name]) != len(record[rows]):
+            raise ValueError(f"{len(record[name])} {name} for {len(record[rows])} {rows}")
+    record |= {name: text(record[name]) for name in ("target", "transcript") if name in record}
+    if "count" in record:
+        record.setdefault("points")  # None: their number is known, their places are not
+    if record["task"] == "grounding" and len(record["boxes"]) != 1:
+        raise ValueError("a phrase means one box")
+    return record | {"truth": record[task.truth]}
+
+
+def load_records(path, method="dip-r1"):
+    """Read a JSONL that data_prep.py wrote -> records, and say where each image lies (`path`). SystemExit
+    names the file, the line and what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is not there. Make it from CrowdHuman,\n"
+            f"    python data_prep.py crowdhuman ROOT --split train --out {path}\n"
+            f"or draw scenes,\n    python data_prep.py synthetic --out {path.parent}\n"
+            f"or see the whole method at work without any data,\n    python dipr1.py --demo")
+    located = lambda line: {"path": str(path.parent / line["image"])}
+    records = read_jsonl(path, lambda line: as_record(line, method) | located(line))
+    if not records:
+        raise SystemExit(f"{path} holds no image")
+    return records
+
+
+def batch_indices(n, batch, seed, step):
+    """Which of n records step `step` takes: a fresh shuffle per epoch, a function of (seed, step) alone."""
+    order = functools.cache(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+    return [int(order(k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
+
+
+def batches(encoder, records, batch, seed, steps, start=0):
+    """Yield (step, this rank's prompts) from `start` on; the next step's images are read while one trains."""
+    (rank, world), lost = rank_and_world(), set()
+
+    def read(index):
+        record = records[index]
+        try:
+            return encoder.prompt(index, record)
+        except OSError as error:  # it could be opened when prepared: a grey image of weight 0 takes its place
+            lost.add(index)
+            about = f"{record['path']}: no longer readable ({error}); {len(lost)} lost so far"
+            if len(lost) > 0.01 * len(records):
+                raise SystemExit(f"{about}: more than 1% of the images") from None
+            tqdm.write(about, file=sys.stderr)
+            grey = Image.new("RGB", (record["width"], record["height"]), (128, 128, 128))
+            return replace(encoder.prompt(index, record, grey), weight=0.0)
+
+    def load(step):
+        return [read(index) for index in batch_indices(len(records), batch, seed, step)[rank::world]]
+
+    with ThreadPoolExecutor(1) as reader:  # it prepares on the CPU; only the main thread uses the GPU
+        upcoming = reader.submit(load, start)
+        for step in range(start, steps):
+            prompts = [prompt.to(encoder.device) for prompt in upcoming.result()]
+            upcoming = reader.submit(load, step + 1) if step + 1 < steps else None
+            yield step, prompts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints, log, pictures. The run is crash-only: what a restart repairs ends it with one line
+
+
+def identity(cfg):
+    """What makes a run: its settings, the number of processes, the content of its data."""
+    content = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
+    return asdict(cfg) | {"processes": rank_and_world()[1], "data_sha256": content}
 
 
 def save_checkpoint(policy, encoder, optimizer, step, cfg):
-    """Write `checkpoint-<step>` (SFT's steps and GRPO's counted together) -> the folder, or None.
+    """Write `checkpoint-<step>` (SFT's steps and GRPO's counted together), beside its place, then renamed.
 
-    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, the config
-    and the size of each file, by which a copy that was cut short is recognised. There is no generator state
-    to keep: all randomness, the order of the data too, is a function of (seed, step, prompt). It is written
-    beside its place and renamed. If that fails on any rank (a full disk), what there was stays, and None.
+    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, the run's
+    identity and the size of each file, by which a copy that was cut short is recognised. There is no
+    generator state to keep: all randomness, the order of the data too, is a function of (seed, step, prompt).
     """
-    rank, world = rank_and_world()
-    final = Path(cfg.output_dir) / f"checkpoint-{step:06d}"
-    beside = final.with_name(final.name + ".tmp")
-
-    def begin():
+    rank, final = rank_and_world()[0], Path(cfg.output_dir) / f"checkpoint-{step:06d}"
+    beside, local = final.with_name(final.name + ".tmp"), getattr(optimizer, "optim", optimizer)  # the shard
+    try:
         if rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-
-    def write():
-        local = getattr(optimizer, "optim", optimizer)  # this rank's shard
-        with open(beside / f"optimizer-{rank}.pt", "wb") as file:  # given a path, torch would not say "full"
-            torch.save({"adamw": local.state_dict(), "masters": local.masters}, file)
-        if rank == 0:
             for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
                 part.save_pretrained(beside)
-
-    def finish():
+        barrier()
+        with open(beside / f"optimizer-{rank}.pt", "wb") as file:  # given a path, torch would not say "full"
+            torch.save({"adamw": local.state_dict(), "masters": local.masters}, file)
+        barrier()
         if rank == 0:
             sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
-            state = {"step": step, "world_size": world, "data_sha256": digest(cfg.data),
-                     "config": asdict(cfg), "files": sizes}
-            write_text(beside / "dipr1.json", json.dumps(state, indent=2))
+            state = {"step": step, "run": identity(cfg), "files": sizes}
+            (beside / "dipr1.json").write_text(json.dumps(state, indent=2))
             for path in beside.iterdir():
                 with open(path, "rb") as file:
-                    os.fsync(file.fileno())  # on the disk before the name says so
+                    os.fsync(file.fileno())  # on the disk before the name promises it
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
-
-    for part in (begin, write, finish):
-        if not all(over_ranks([tried(part, final)], "MIN")):  # and so no rank runs ahead
-            shutil.rmtree(beside, ignore_errors=True)
-            return None
-    if rank == 0 and cfg.keep:
-        for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep]:
-            shutil.rmtree(old)
-    return final
-
-
-def tried(write, what):
-    """write() -> did it work? A full disk is said, and is no reason to end a run of days."""
-    try:
-        write()
-        return True
+            for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
+                if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
+                    shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        tqdm.write(f"warning: {what} could not be written: {error}", file=sys.stderr)
-        return False
+        raise SystemExit(f"{final} could not be written: {error}. Make room, then --resume") from None
+    barrier()
 
 
-def digest(path):
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+MAY_CHANGE = {  # between a run and its --resume: what does not change the result, and what saves memory
+    "resume", "output_dir", "save_every", "keep", "picture_every", "samples", "eval", "predictions",
+    "gradient_checkpointing", "tokens_per_forward", "max_new_tokens", "max_pixels"}
 
 
 def complete(folder):
     """What dipr1.json says of a checkpoint, or None if it or any file beside it is missing or cut short."""
     try:
         state = json.loads((folder / "dipr1.json").read_text())
-        right = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+        whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return None
-    return state if right else None
-
-
-FREE_TO_CHANGE = {"resume", "output_dir", "save_every", "keep", "picture_every", "gradient_checkpointing",
-                  "eval", "predictions", "batch_size", "samples", "pictures", "limit"}
+    return state if whole else None
 
 
 def find_checkpoint(cfg):
-    """What `--resume` goes on from -> (folder, step), or (None, 0) where nothing was saved yet. SystemExit if
-    the run would not be the same: another setting, another number of processes, other data."""
-    newest_first = sorted(Path(cfg.output_dir).glob("checkpoint-??????"), reverse=True)
-    for folder in newest_first if cfg.resume == "newest" else [Path(cfg.resume)]:
+    """The newest complete checkpoint of `--output_dir` -> (folder, step); (None, 0) where there is none.
+    SystemExit if the run would not be the same: another setting, another number of processes, other data."""
+    for folder in sorted(Path(cfg.output_dir).glob("checkpoint-??????"), reverse=True):
         state = complete(folder)
         if state is None:
-            if cfg.resume != "newest":
-                raise SystemExit(f"--resume {folder}: it is not there, or not complete")
             print0(f"warning: {folder} is not complete; trying the one before it")
             continue
-        was = state["config"] | {"processes": state["world_size"], "data's content": state["data_sha256"]}
-        now = asdict(cfg) | {"processes": rank_and_world()[1], "data's content": digest(cfg.data)}
-        for name in was | now:
-            before, after = was.get(name, "unknown"), now.get(name, "unknown")  # to another version
-            if name not in FREE_TO_CHANGE and before != after:
-                raise SystemExit(f"--resume {folder}: its {name} was {before!r} and is {after!r} now")
+        before, now = state["run"], identity(cfg)
+        for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+            if before.get(name) != now.get(name):
+                was = f"its {name} was {before.get(name)!r} and is {now.get(name)!r} now"
+                raise SystemExit(f"--resume {folder}: {was}")
         return folder, state["step"]
     return None, 0
 
@@ -1541,118 +1409,82 @@ def restore(optimizer, folder):
             master.copy_(value)
 
 
-SIGNALS = []  # what asked this process to stop
-
-
 @contextlib.contextmanager
 def noting_signals():
-    """SIGTERM and Ctrl-C wait in SIGNALS until the step is done; the second one ends the process at once."""
-    def note(signum, frame):
-        SIGNALS.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+    """SIGTERM and Ctrl-C are noted in a list until the step is done; the second ends the process at once."""
+    received = []
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
-        SIGNALS.clear()
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def stop_after_step(policy, encoder, optimizer, step, cfg):
-    """If SIGTERM or Ctrl-C reached any rank: write a checkpoint, and all leave together."""
-    (asked,) = map(int, over_ranks([max(SIGNALS, default=0)], "MAX"))
-    if asked:
-        folder = save_checkpoint(policy, encoder, optimizer, step, cfg)
-        last = f"go on with --resume from {folder}" if folder else "this step could not be saved"
-        print0(f"\nstopped by {signal.Signals(asked).name}; {last}")
-        raise SystemExit(128 + asked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Log:
-    """metrics.jsonl, the figures on the bar, TensorBoard if it happens to be installed; rank 0 writes."""
+    """metrics.jsonl and the figures on the progress bar; rank 0 writes."""
 
     def __init__(self, folder, steps_done=0):
-        self.file, self.board, self.skipped = None, None, 0
-        if rank_and_world()[0] != 0:
-            return
-        path = Path(folder) / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if steps_done else []
-        write_text(path, "".join(lines[:steps_done]))  # steps after the checkpoint come again
-        self.file = open(path, "a", encoding="utf-8")
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(folder)
+        self.path, self.file, self.skipped = Path(folder) / "metrics.jsonl", None, 0
+        if rank_and_world()[0] == 0:
+            lines = self.path.read_text().splitlines(keepends=True) if steps_done else []
+            with written_whole(self.path) as file:
+                file.writelines(lines[:steps_done])  # steps after the checkpoint come again
+            self.file = open(self.path, "a")
 
     def write(self, phase, step, metrics, bar):
         """Average a step's metrics over the ranks (all of them must call) and write them down."""
-        totals, world = over_ranks(list(metrics.values()), "SUM"), rank_and_world()[1]
+        totals, world = over_ranks(list(metrics.values())), rank_and_world()[1]
         metrics = {name: total / world for name, total in zip(metrics, totals)}
-        if self.file:
-            line = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
-            try:
-                self.file.write(json.dumps({"phase": phase, "step": step, **line}) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise SystemExit(f"{self.file.name}: {error}; make room, and go on with --resume") from None
+        line = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
+        try:
+            if self.file:
+                print(json.dumps({"phase": phase, "step": step, **line}), file=self.file, flush=True)
+        except OSError as error:
+            raise SystemExit(f"{self.path}: {error}. Make room, then --resume") from None
+        shown = {"nll", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "boxes"}
+        bar.set_postfix({n.removeprefix("reward_"): f"{v:.3g}" for n, v in metrics.items() if n in shown})
         self.skipped = self.skipped + 1 if metrics["skipped"] else 0
         if self.skipped == 10:
             seen = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-            raise SystemExit(f"{phase} step {step}: ten updates in a row not finite ({seen}); lower the rate")
-        if self.file:
-            shown = ("loss", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "boxes")
-            shown = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
-            bar.set_postfix({name.removeprefix("reward_"): value for name, value in shown.items()})
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(f"{phase}/{name}", value, step)
+            raise SystemExit(f"{phase} step {step}: ten updates in a row not finite ({seen}). Lower the rate")
 
 
 def draw_boxes(image, boxes, scale, color, line):
-    """Outline (n, 4) boxes, None for none, on an image `scale` times as large; no area, no outline."""
+    """Outline boxes (n, 4), or squares around points (n, 2), on an image `scale` times as large."""
     pen = ImageDraw.Draw(image)
-    for x1, y1, x2, y2 in as_boxes([] if boxes is None else boxes) * scale:
+    for row in boxes * scale if isinstance(boxes, np.ndarray) else ():
+        x1, y1, x2, y2 = row if len(row) == 4 else [*(row - 4), *(row + 4)]
         if x1 < x2 and y1 < y2:
             pen.rectangle([x1, y1, x2, y2], outline=color, width=line)
-
-
-def as_marks(answer):
-    """An answer as boxes to draw: those it has, or small ones around its points; None if it has neither."""
-    if not isinstance(answer, np.ndarray):
-        return None
-    return answer if answer.shape[1] == 4 else np.hstack([answer - 2, answer + 2])
 
 
 def draw_picture(group, path, height=448):
     """PNG of a group: its first completion on the image (truth thin white, answer orange, look green) and the
     map of where the group's answers disagree, which is what the look is paid to find."""
-    prompt, look = group.prompt, parse_response(group.texts[0]).look
-    answers = [read_answer(text, prompt.record) for text in group.texts]
-    reads = prompt.record["task"] == "ocr"
-    colors = "truth white, answer orange" + ", look green" * (prompt.record["method"] == "dip-r1")
-    caption = f"reads {answers[0]!r}" if reads else f"{prompt.record['target']}: {colors}"
-    first, *others = map(as_marks, answers)
-    scale = height / prompt.height
+    prompt, first, scale = group.prompt, group.responses[0], height / group.prompt.height
     size = (round(prompt.width * scale), height)
     image = open_image(prompt.record["path"]).resize(size)
-    counts = [coverage(marks, prompt.width, prompt.height) for marks in (first, *others) if marks is not None]
+    answers = [r.answer for r in group.responses if np.ndim(r.answer) == 2 and r.answer.shape[1] == 4]
+    counts = [coverage(boxes, prompt.width, prompt.height) for boxes in answers]
     unsure = disagreement(counts) if len(counts) > 1 else np.zeros((prompt.height // 14, prompt.width // 14))
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
     doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
-    draw_boxes(image, first, scale, (255, 140, 0), 4)
-    draw_boxes(image, as_marks(prompt.truth), scale, (255, 255, 255), 1)
-    for side in (image, doubt):
-        draw_boxes(side, look, scale, (60, 220, 60), 2)
-
+    draw_boxes(image, first.answer, scale, (255, 140, 0), 4)
+    draw_boxes(image, prompt.truth, scale, (255, 255, 255), 1)
+    said = repr(first.answer) if isinstance(first.answer, str) else "truth white, answer orange, look green"
+    captions = f"{prompt.record['target']}: {said}", f"where {len(group.responses)} answers disagree"
     sheet = Image.new("RGB", (2 * size[0] + 8, height + 24), (24, 24, 24))
-    sheet.paste(image, (0, 24))
-    sheet.paste(doubt, (size[0] + 8, 24))
-    pen = ImageDraw.Draw(sheet)
-    pen.text((6, 6), caption.encode("ascii", "replace").decode(), fill=(230, 230, 230))
-    pen.text((size[0] + 14, 6), f"where {len(answers)} answers disagree", fill=(230, 230, 230))
+    for x, side, caption in zip((0, size[0] + 8), (image, doubt), captions):
+        draw_boxes(side, first.look, scale, (60, 220, 60), 2)
+        sheet.paste(side, (x, 24))
+        ImageDraw.Draw(sheet).text((x + 6, 6), caption.encode("ascii", "replace").decode(), (230, 230, 230))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -1661,345 +1493,258 @@ def draw_picture(group, path, height=448):
 # Evaluation: what a detection researcher would ask, in pixels of the original image
 
 EVALUATION = 2**31  # stands where training has its step: evaluation draws numbers that training never sees
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 
 def ratio(a, b):
     """a / b, and 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros(np.shape(a)), where=np.asarray(b) > 0)
+    return float(a / b) if b else 0.0
 
 
 # JI = k / (m + n - k),   k pairs of m predictions and n truths
-def jaccard_index(pred, truth, ignore):
-    """CrowdHuman's index of one image, in [0, 1]; it needs no confidence. Unmatched boxes that lie more than
-    half in an ignore region leave both counts; 1 if nothing is there and nothing was predicted."""
-    pred_idx, truth_idx, _ = match_boxes(pred, truth)
-    left_over = 0
-    for boxes, matched in ((pred, pred_idx), (truth, truth_idx)):
-        left_over += (np.delete(share_inside(boxes, ignore), matched) <= 0.5).sum()
-    k = len(pred_idx)
-    return k / (k + left_over) if k + left_over else 1.0
+def image_counts(pred, truth, ignore, *_):
+    """One image, matched at IoU 0.5 -> [pairs, predictions, truths, crowded truths, those found, JI].
 
-
-def coco_hits(pred, truth, ignore, iou_threshold):
-    """COCO's greedy matching of one image -> a list of 1 (hit) and 0 (miss), in the order written.
-
-    Each of the first 100 predictions takes the free truth that it overlaps most. One that finds none is a
-    miss, unless a share of it as large as the threshold lies in an ignore region: then it is left out.
+    JI is CrowdHuman's Jaccard index, as its toolkit computes it: pairs have an IoU above 0.5; unmatched boxes
+    of either side that lie more than half in an ignore region do not count; NaN where no box counts.
     """
-    free, hits, pred = np.ones(len(truth), bool), [], pred[:100]
-    for overlaps, inside in zip(box_iou(pred, truth), share_inside(pred, ignore)):
-        candidates = np.flatnonzero(free & (overlaps >= iou_threshold))
-        if len(candidates):
-            free[candidates[overlaps[candidates].argmax()]] = False
-            hits.append(1)
-        elif inside < iou_threshold:
-            hits.append(0)
-    return hits
+    pred_idx, truth_idx, _ = match_boxes(pred, truth)
+    crowded = (box_iou(truth, truth) - np.eye(len(truth)) > 0.2).any(axis=1)  # overlaps another truth
+    n_pred = len(pred) - count_ignored(pred, pred_idx, ignore)
+    above, truth_above, _ = match_boxes(pred, truth, np.nextafter(0.5, 1))
+    k, m = len(above), len(pred) - count_ignored(pred, above, ignore)
+    n = len(truth) - count_ignored(truth, truth_above, ignore)
+    jaccard = k / (m + n - k) if m + n else np.nan
+    return [len(pred_idx), n_pred, len(truth), crowded.sum(), crowded[truth_idx].sum(), jaccard]
 
 
 # AP = mean over recalls r in {0, .01, .., 1} of  max { precision at k : recall at k >= r }
 def average_precision(images, iou_threshold):
     """COCO's 101-point average precision of (pred, truth, ignore) for every image, in [0, 1].
 
-    A language model gives no confidences: all are equal, and COCO breaks the tie by order - images as they
-    come, boxes as they are written. So this AP depends on the answers' order.
+    Each of an image's first 100 predictions takes the free truth that it overlaps most. One that finds none
+    is a miss, unless a share of it as large as the threshold lies in an ignore region. A language model gives
+    no confidences: all are equal, and COCO breaks the tie by order - images as they come, boxes as they are
+    written. So this AP depends on the order of the answer.
     """
-    hits = [hit for image in images for hit in coco_hits(*image, iou_threshold)]
-    tp, n_truth = np.cumsum(hits), sum(len(truth) for _, truth, _ in images)
+    hits, n_truth = [], sum(len(truth) for _, truth, _ in images)
+    for pred, truth, ignore in images:
+        overlaps, ignored = box_iou(pred, truth)[:100], share_ignored(pred, ignore)
+        for overlap, share in zip(overlaps, ignored):
+            if overlap.max(initial=0) >= iou_threshold - 1e-9:  # not a matter of rounding
+                overlaps[:, overlap.argmax()] = 0  # this truth is taken
+                hits.append(1)
+            elif share < iou_threshold:
+                hits.append(0)
+    tp = np.cumsum(hits)
     precision = tp / np.arange(1, len(hits) + 1)
     best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or any higher one
     at = np.searchsorted(tp / max(n_truth, 1), np.linspace(0, 1, 101), side="left")
     return np.append(best, 0.0)[at].mean()
 
 
+def by_class(images):
+    """`compared` images -> for each class that has truth, the (pred, truth, ignore) of its images; where
+    there are no labels, everything is one class."""
+    classes = {}
+    for pred, truth, ignore, labels, record in images:
+        sides = (pred, labels), (truth, record.get("labels")), (ignore, record.get("ignore_labels"))
+        if "labels" not in record:
+            sides = [(boxes, [None] * len(boxes)) for boxes, _ in sides]
+        for name in {*sides[0][1], *sides[1][1]}:
+            parts = [boxes[np.array([label == name for label in labels], bool)] for boxes, labels in sides]
+            classes.setdefault(name, []).append(parts)
+    return [parts for parts in classes.values() if any(len(truth) for _, truth, _ in parts)] or [[]]
+
+
 def detection_figures(images):
-    """(pred (n, 4), truth (m, 4), ignore (k, 4)) of every image -> dict of figures; see the README."""
-    counts = np.array([[count_matches(*image, iou) for iou in IOU_THRESHOLDS] for image in images])
-    tp, n_pred, n_truth = counts.sum(axis=0).T  # each by IoU threshold
-    precision, recall, f1 = ratio(tp, n_pred), ratio(tp, n_truth), ratio(2 * tp, n_pred + n_truth)
-    matches = [match_boxes(pred, truth) for pred, truth, _ in images]
-    hidden = [crowded(truth, 0.2) for _, truth, _ in images]  # the paper's own concern
-    found = [hides[truth_idx].sum() for hides, (_, truth_idx, _) in zip(hidden, matches)]
-    ious = np.concatenate([iou for _, _, iou in matches])
-    aps = [average_precision(images, iou) for iou in IOU_THRESHOLDS]
+    """`compared` images -> dict of figures; the README defines each."""
+    counts = np.array([image_counts(*image) for image in images], float)
+    tp, n_pred, n_truth, n_crowded, n_found = counts[:, :5].sum(axis=0)
+    jaccard = counts[~np.isnan(counts[:, 5]), 5]
+    classes, thresholds = by_class(images), np.linspace(0.5, 0.95, 10)
+    aps = [np.mean([average_precision(parts, iou) for parts in classes]) for iou in thresholds]
     return {
-        "precision": precision[0], "recall": recall[0], "f1": f1[0],
-        "precision_50_95": precision.mean(), "recall_50_95": recall.mean(), "f1_50_95": f1.mean(),
-        "mean_iou": ious.mean() if len(ious) else 0.0,
-        "jaccard": np.mean([jaccard_index(*image) for image in images]),
-        "ap50": aps[0], "ap": np.mean(aps),
-        "crowded_recall": ratio(sum(found), np.concatenate(hidden).sum()),
-        "count_mae": np.abs(counts[:, 0, 1] - counts[:, 0, 2]).mean(),
-        "boxes_per_image": np.mean([len(pred) for pred, _, _ in images]),
-        "truth_boxes_per_image": np.mean([len(truth) for _, truth, _ in images]),
+        "precision": ratio(tp, n_pred), "recall": ratio(tp, n_truth), "f1": ratio(2 * tp, n_pred + n_truth),
+        "jaccard": ratio(jaccard.sum(), len(jaccard)), "ap": np.mean(aps), "ap50": aps[0], "ap70": aps[4],
+        "crowded_recall": ratio(n_found, n_crowded), "count_mae": np.abs(counts[:, 1] - counts[:, 2]).mean(),
+        "boxes_per_image": np.mean([len(pred) for pred, *_ in images]),
+        "truth_boxes_per_image": n_truth / len(images),
     }
 
 
 def grounding_figures(images):
-    """(pred (n, 4), truth (1, 4), _) of every image -> dict of figures."""
-    ious = np.array([grounding_reward(pred, truth) for pred, truth, _ in images])
-    accuracies = {f"acc_{threshold:g}": (ious >= threshold).mean() for threshold in (0.5, 0.75, 0.95)}
-    return accuracies | {"mean_iou": ious.mean()}
+    """`compared` images -> the share of images whose one box reaches an IoU, and the mean IoU."""
+    ious = np.array([grounding_reward(pred, truth) for pred, truth, *_ in images])
+    return {f"acc_{iou:g}": (ious >= iou).mean() for iou in (0.5, 0.75, 0.95)} | {"mean_iou": ious.mean()}
 
 
 def counting_figures(images):
-    """(pred (n, 2), truth (m, 2), _) of every image -> dict of figures."""
-    off = np.array([abs(len(pred) - len(truth)) for pred, truth, _ in images])
+    """`compared` images, whose truth may be only a count -> figures of the number of points."""
+    true = [record["count"] if truth is None else len(truth) for _, truth, *_, record in images]
+    off = np.abs([len(pred) - n for (pred, *_), n in zip(images, true)])
     return {"exact_count": (off == 0).mean(), "count_mae": off.mean()}
 
 
 def ocr_figures(images):
-    """(pred, truth, _), strings, of every image -> dict of figures; words are compared as bags of words."""
-    common = [sum((Counter(pred.split()) & Counter(truth.split())).values()) for pred, truth, _ in images]
-    words = [len(pred.split()) + len(truth.split()) for pred, truth, _ in images]
-    distance = [1 - ocr_reward(pred, truth) for pred, truth, _ in images]
-    return {"edit_distance": np.mean(distance), "word_f1": ratio(2 * sum(common), sum(words))}
+    """`compared` pages -> edit distance over the longer length, and F1 of words as bags of words."""
+    words = [(Counter(pred.split()), Counter(truth.split())) for pred, truth, *_ in images]
+    common, total = sum((a & b).total() for a, b in words), sum((a + b).total() for a, b in words)
+    distance = [1 - ocr_reward(pred, truth) for pred, truth, *_ in images]
+    return {"edit_distance": np.mean(distance), "word_f1": ratio(2 * common, total)}
 
 
-FIGURES = {"detection": detection_figures, "grounding": grounding_figures, "counting": counting_figures,
-           "ocr": ocr_figures}
+def compared(record, prediction):
+    """An entry of predictions.jsonl beside its record -> (pred, truth, ignore, labels of pred, record)."""
+    task = task_of(record)
+    sides = prediction[task.truth], record["truth"], record["ignore"]
+    labels = prediction.get("labels") or [None] * len(sides[0])
+    if task.columns == 4:
+        sides = against_truth(*sides, labels, record, record["width"], record["height"])
+    return *sides, labels, record
 
 
-def beside_truth(record, answer):
-    """An entry of predictions.jsonl -> (pred, truth, ignore) of its record's task."""
-    name = TRUTH[record["task"]]
-    pred = answer[name]
-    if name == "boxes":
-        pred = clip_boxes(pred, record["width"], record["height"])
-    return pred, record[name], record["ignore"]
-
-
-def task_figures(records, predictions):
-    """-> dict of the figures of each task, with the task's name before them if there are several."""
-    images = {}
-    for record, prediction in zip(records, predictions):
-        images.setdefault(record["task"], []).append(beside_truth(record, prediction))
-    by_task = {task: FIGURES[task](images[task]) for task in images}
-    if len(by_task) == 1:
-        return next(iter(by_task.values()))
-    return {f"{task} {name}": value for task in by_task for name, value in by_task[task].items()}
-
-
-def score(records, predictions):
-    """Predictions, one a record, as predictions.jsonl holds them -> dict of figures.
+def evaluate_predictions(records, predictions):
+    """Predictions, one per record, as predictions.jsonl holds them -> dict of figures.
 
     All need their task's answer ("boxes", "points" or "transcript"). "rewards" and "samples", where they are
     known, give the mean rewards of the greedy answers and of those sampled at temperature T.
     """
-    figures = task_figures(records, predictions)
-    pairs = zip(records, predictions)
+    pairs, figures, tasks = list(zip(records, predictions)), {}, sorted({r["task"] for r in records})
     samples = [(record, sample) for record, p in pairs for sample in p.get("samples", [])]
-    looks = bool(samples) and all(record["method"] == "dip-r1" for record in records)
-    if samples and all(record["task"] == "detection" for record in records):
-        counts = [count_matches(*beside_truth(*pair)) for pair in samples]
-        tp, n_pred, n_truth = np.sum(counts, axis=0)
+    for task in tasks:
+        images = [compared(*pair) for pair in pairs if pair[0]["task"] == task]
+        prefix = f"{task} " if len(tasks) > 1 else ""
+        figures |= {prefix + n: value for n, value in task_of(images[0][-1]).figures(images).items()}
+    if samples and tasks == ["detection"]:
+        tp, n_pred, n_truth, *_ = np.sum([image_counts(*compared(*sample)) for sample in samples], axis=0)
         figures["sampled_f1"] = ratio(2 * tp, n_pred + n_truth)
     for prefix, entries in (("", predictions), ("sampled_", [sample for _, sample in samples])):
         if entries and all("rewards" in entry for entry in entries):
-            rewards = np.array([entry["rewards"] for entry in entries])
-            figures[f"{prefix}format_rate"] = (rewards[:, 0] > 0).mean()
-            if looks:
-                figures[f"{prefix}look_reward"] = rewards[:, 1].mean()
-            figures[f"{prefix}accuracy_reward"] = rewards[:, 2].mean()
-    return {name: float(value) for name, value in figures.items()}
+            form, look, accuracy = np.array([entry["rewards"] for entry in entries], float).T
+            means = {"format_rate": (form > 0).mean(), "accuracy_reward": accuracy.mean()}
+            if samples and all("look" in task_of(record).sections for record in records):
+                means["look_reward"] = look.mean()
+            figures |= {prefix + name: value for name, value in means.items()}
+    return {name: float(value) for name, value in figures.items() if value == value}  # NaN: not defined here
 
 
-def answers(prompt, texts, rewards):
-    """Completions of a prompt as predictions.jsonl keeps them, with their rewards; boxes and points in pixels
-    of the original image. An answer that does not parse is empty."""
-    record, name = prompt.record, TRUTH[prompt.record["task"]]
-    for text, reward in zip(texts, rewards):
-        answer = read_answer(text, record)
-        if name == "boxes":
-            answer = clip_boxes([] if answer is None else answer, prompt.width, prompt.height)
-        if name != "transcript":
-            size = record["width"], record["height"]
-            answer = [] if answer is None else to_image_space(answer, size, prompt.grid).round(2).tolist()
-        yield {"text": text, name: "" if answer is None else answer, "rewards": reward}
+def as_prediction(response, text, rewards, prompt):
+    """A completion as predictions.jsonl keeps it, boxes and points in pixels of the original image. An answer
+    that does not parse is empty."""
+    record, task, answer = prompt.record, task_of(prompt.record), response.answer
+    entry = {"text": text, "rewards": [None if r != r else r for r in rewards]}
+    if not task.columns:
+        return entry | {task.truth: answer or ""}
+    answer = np.zeros((0, task.columns)) if answer is None else answer
+    if task.columns == 4:
+        answer = answer.clip(0, [prompt.width, prompt.height] * 2)
+    rows = to_image_space(answer, (record["width"], record["height"]), prompt.grid).round(2).tolist()
+    return entry | {task.truth: rows} | ({"labels": response.labels or []} if "labels" in record else {})
 
 
-@torch.no_grad()
-def predict(policy, encoder, records, cfg, folder):
-    """Answer every image once greedily, as the model would be used, and `--samples` times at temperature T,
-    as it is trained; images are shared out over the ranks -> predictions in order, on every rank.
+def unanswered(record):
+    """The prediction of an image that was not answered."""
+    about = {name: record[name] for name in ("image", "target", "task")}
+    return about | {task_of(record).truth: [] if task_of(record).columns else "", "rewards": [0.0] * 3}
+
+
+def predict(policy, encoder, prompts, cfg):
+    """Answer images once greedily, as the model would be used, and `--samples` times at temperature T, as it
+    is trained. Yields (prediction, the group of all answers, the greedy one first).
 
     The greedy look is rewarded against the disagreement of the sampled answers: alone it has no siblings.
     """
-    policy, (rank, world) = unwrap(policy), rank_and_world()
-    chunks = in_chunks(list(enumerate(records))[rank::world], cfg.batch_size)
-    shape, predictions = (cfg.samples, cfg.max_new_tokens), {}
-    for chunk in progress(chunks, "evaluating", len(chunks)):
-        prompts = [encoder.prompt(index, record) for index, record in chunk]
-        keep_features(policy, prompts)
-        groups = rollout(policy, encoder, prompts, cfg.max_new_tokens)
+    shape = (1 + cfg.samples, cfg.max_new_tokens)
+    uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
+    uniforms[:, 0] = float("nan")
+    for group in rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms):
+        rewards = group_rewards(group, cfg.recall_weight).tolist()
         if cfg.samples:
-            uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
-            sampled = rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms)
-            for group, siblings in zip(groups, sampled):
-                group.texts += siblings.texts
-        for group in groups:
-            prompt, siblings = group.prompt, Group(group.prompt, [], texts=group.texts[1:])
-            rewards = [group_rewards(g, cfg.recall_weight).tolist() for g in (group, siblings)]
-            first, *rest = answers(prompt, group.texts, rewards[0][:1] + rewards[1])
-            about = {name: prompt.record[name] for name in ("image", "target", "task")}
-            predictions[prompt.index] = about | first | {"samples": rest}
-            if prompt.index < cfg.pictures:
-                draw_picture(group, Path(folder) / "pictures" / f"{prompt.index:06d}.png")
-    return gather(predictions)
+            siblings = Group(group.prompt, [], texts=group.texts[1:])
+            rewards[1:] = group_rewards(siblings, cfg.recall_weight).tolist()
+        answers = zip(group.responses, group.texts, rewards)
+        first, *rest = [as_prediction(*answer, group.prompt) for answer in answers]
+        yield unanswered(group.prompt.record) | first | {"samples": rest}, group
 
 
-def gather(predictions):
-    """{index: prediction} of all ranks -> one list, in the order of the index."""
+def evaluate(policy, encoder, records, cfg, folder, pictures=8):
+    """Answer held-out images, shared out over the ranks; write predictions.jsonl and the first pictures to
+    `folder` -> dict of figures. An image that cannot be opened counts as unanswered."""
+    (rank, world), predictions = rank_and_world(), {}
+    mine, batch = range(rank, len(records), world), max(cfg.prompts_per_step // world, 1)
+    for start in tqdm(range(0, len(mine), batch), "evaluating", disable=rank > 0):
+        prompts = []
+        for index in mine[start : start + batch]:
+            try:
+                prompts.append(encoder.prompt(index, records[index]).to(encoder.device))
+            except OSError as error:
+                tqdm.write(f"{records[index]['path']}: counts as unanswered ({error})", file=sys.stderr)
+                predictions[index] = unanswered(records[index])
+        for prediction, group in predict(unwrap(policy), encoder, prompts, cfg) if prompts else ():
+            predictions[group.prompt.index] = prediction
+            if group.prompt.index < pictures:
+                draw_picture(group, Path(folder) / "pictures" / f"{group.prompt.index:06d}.png")
+    by_rank = [predictions] * world
     if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, predictions)
-        predictions = {index: p for part in everyone for index, p in part.items()}
-    return [predictions[index] for index in sorted(predictions)]
-
-
-def evaluate(policy, encoder, records, cfg, folder):
-    """Answer held-out images, write predictions.jsonl and pictures to `folder` -> dict of figures."""
-    predictions = predict(policy, encoder, records, cfg, folder)
-    if rank_and_world()[0] == 0:
-        lines = [json.dumps(prediction) + "\n" for prediction in predictions]
-        write_text(Path(folder) / "predictions.jsonl", "".join(lines))
-    return score(records, predictions)
+        dist.all_gather_object(by_rank, predictions)
+    predictions = [by_rank[index % world][index] for index in range(len(records))]
+    if rank == 0:
+        with written_whole(Path(folder) / "predictions.jsonl") as file:
+            file.writelines(json.dumps(prediction) + "\n" for prediction in predictions)
+    return evaluate_predictions(records, predictions)
 
 
 def load_predictions(path, records):
     """predictions.jsonl, ours or another tool's (`image` and `boxes` suffice), in the order of the records.
-    A record that has no prediction counts as answered by nothing, with a warning."""
-    places, predictions = {}, {}
+    A record that has no prediction counts as unanswered, with a warning."""
+    questions, predictions = {}, {}
     for number, record in enumerate(records):
-        places.setdefault((record["image"], record["target"], record["task"]), []).append(number)
+        questions.setdefault(record["image"], []).append(number)
 
     def check(entry):
-        key = entry["image"], entry.get("target", "person"), entry.get("task", "detection")
-        if not places.get(key):
-            raise ValueError(f"{key} " + ("comes too often" if key in places else "is not in the data"))
-        name = TRUTH[key[2]]
-        for answer in (entry, *entry.get("samples", [])):
-            if name == "transcript":
-                answer[name].split()  # a string
-            else:
-                answer[name] = np.array(answer[name], float).reshape(-1, 4 if name == "boxes" else 2)
-                if not np.isfinite(answer[name]).all():
-                    raise ValueError(f"{name} must be finite")
-        predictions[places[key].pop(0)] = entry
+        asked = [k for k in questions.get(entry["image"], [])
+                 if all(entry.get(name, records[k][name]) == records[k][name] for name in ("target", "task"))]
+        free = [k for k in asked if k not in predictions]
+        if not free:
+            raise ValueError(f"{entry['image']} " + ("comes too often" if asked else "is not in the data"))
+        if len({(records[k]["target"], records[k]["task"]) for k in asked}) > 1:
+            raise ValueError(f"{entry['image']} is asked several questions: name the target")
+        task = task_of(records[free[0]])
+        for answer in (entry, *entry.get("samples", [])) if task.columns else ():
+            rows = answer[task.truth] = check_rows(task.truth, answer[task.truth], task.columns)
+            if len(answer.get("labels") or rows) != len(rows):
+                raise ValueError(f"{len(answer['labels'])} labels for {len(rows)} {task.truth}")
+        predictions[free[0]] = entry
 
     read_jsonl(path, check)
-    missing = len(records) - len(predictions)
-    if missing:
-        print0(f"{path}: no prediction for {missing} of {len(records)} images: they count as empty answers")
-    nothing = {"boxes": [], "points": [], "transcript": ""}
-    return [predictions.get(number, nothing) for number in range(len(records))]
+    if missing := len(records) - len(predictions):
+        print0(f"{path}: no prediction for {missing} of {len(records)} questions: they count as unanswered")
+    return [predictions.get(number) or unanswered(record) for number, record in enumerate(records)]
 
 
-def print_table(columns):
-    """Print {name: figures} side by side."""
+def report(path, columns, about):
+    """Print {name: figures} side by side, and write `about` as JSON."""
     print0(f"\n{'held-out images':<26}" + "".join(f"{name:>15}" for name in columns))
     for figure in next(iter(columns.values())):
         print0(f"{figure:<26}" + "".join(f"{values[figure]:>15.3f}" for values in columns.values()))
+    if rank_and_world()[0] == 0:
+        with written_whole(path) as file:
+            json.dump(about, file, indent=2)
 
 
-def write_text(path, text):
-    """Write a file, making its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+def run_evaluation(cfg):
+    """`--eval`, or `--predictions FILE` of any tool: print the table and write eval.json."""
+    records, source = load_records(cfg.data, cfg.method), cfg.predictions or cfg.model
+    if cfg.predictions:
+        figures = evaluate_predictions(records, load_predictions(cfg.predictions, records))
+    else:
+        figures = evaluate(*setup(cfg), records, cfg, cfg.output_dir)
+    about = {"source": source, "data": cfg.data, "images": len(records), **figures}
+    report(Path(cfg.output_dir) / "eval.json", {Path(source).name: figures}, about)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Main: load, warm up, GRPO; or evaluate; or the demo
-
-DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=72, batch_size=64, sft_steps=950, sft_lr=2e-3, sft_batch=16,
-    steps=95, prompts_per_step=32, groups_per_forward=4, lr=2e-4, save_every=0,
-)
-DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
-
-
-def join_processes():
-    """Take a GPU, if there are any, and meet the other processes, if torchrun started this one."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ and not dist.is_initialized():
-        patience = timedelta(minutes=30)  # of a collective: a rank that never comes ends the run, no hang
-        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # This store outlives a restart, addresses of the dead in it: each start has its own part.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-
-
-def setup(cfg):
-    """Load the model to this process's device -> (policy, encoder)."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    model, tokenizer, image_processor = load_model(cfg, device)
-    encoder = Encoder(model, tokenizer, image_processor, cfg.max_prompt_tokens)
-    return Policy(model, tokenizer, cfg.temperature), encoder
-
-
-def train_sft(policy, encoder, records, cfg, log, start=0, folder=None):
-    """The supervised warm-up: the paper's SFT baseline, and the demo's cold start."""
-    optimizer = make_optimizer(policy)
-    if start < cfg.sft_steps and folder:
-        restore(optimizer, folder)
-    steps = batches(encoder, records, cfg.sft_batch, cfg.seed, cfg.sft_steps, start)
-    bar = progress(steps, "SFT", cfg.sft_steps, start)
-    for step, prompts in bar:
-        lr = learning_rate(step, cfg.sft_steps, cfg.sft_lr, cfg.warmup_steps)
-        log.write("sft", step, sft_step(policy, optimizer, encoder, prompts, cfg, lr), bar)
-        done = step + 1
-        if cfg.save_every and done % cfg.save_every == 0:
-            save_checkpoint(policy, encoder, optimizer, done, cfg)
-        stop_after_step(policy, encoder, optimizer, done, cfg)
-
-
-def reference_policy(policy, cfg, start):
-    """The frozen policy that GRPO started from, after the warm-up if there was one; None without a KL.
-
-    After a warm-up it is kept as `reference`, since a run that resumes could not make it again.
-    """
-    if not cfg.beta:
-        return None
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    reference = copy.deepcopy(unwrap(policy)).eval().requires_grad_(False)
-    kept = Path(cfg.output_dir) / "reference"
-    if start:
-        first = Qwen2_5_VLForConditionalGeneration.from_pretrained(kept if cfg.sft_steps else cfg.model)
-        reference.model.load_state_dict(first.state_dict())
-    elif cfg.sft_steps and cfg.save_every and rank_and_world()[0] == 0:
-        if not tried(lambda: reference.model.save_pretrained(kept), kept):
-            raise SystemExit("without it this run could not be resumed")
-    barrier()
-    return reference
-
-
-def train_grpo(policy, encoder, records, cfg, log, start=0, folder=None):
-    """GRPO, with checkpoints and pictures."""
-    optimizer = make_optimizer(policy)
-    reference = reference_policy(policy, cfg, start)
-    if start:
-        restore(optimizer, folder)
-    steps = batches(encoder, records, cfg.prompts_per_step, cfg.seed, cfg.steps, start)
-    bar = progress(steps, "GRPO", cfg.steps, start)
-    for step, prompts in bar:
-        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_steps)
-        metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
-        log.write("grpo", step, metrics, bar)
-        done = step + 1
-        if rank_and_world()[0] == 0 and cfg.picture_every and done % cfg.picture_every == 0:
-            path = Path(cfg.output_dir) / "pictures" / f"step-{done:06d}.png"
-            tried(lambda: draw_picture(groups[0], path), path)
-        if cfg.save_every and (done % cfg.save_every == 0 or done == cfg.steps):
-            saved = save_checkpoint(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
-            if done == cfg.steps and not saved:
-                raise SystemExit("the last checkpoint could not be written: make room, and --resume")
-        stop_after_step(policy, encoder, optimizer, cfg.sft_steps + done, cfg)
+# Main: train, evaluate, or the demo
 
 
 def parallel(policy):
@@ -2010,147 +1755,148 @@ def parallel(policy):
     return nn.parallel.DistributedDataParallel(policy, **options)
 
 
-def train(cfg):
-    """Warm-up and GRPO on --data."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
-        cfg.resume = cfg.resume or "newest"
-    if (Path(cfg.output_dir) / "metrics.jsonl").exists() and not cfg.resume:
+def train_phase(phase, first, steps, batch, peak, policy, encoder, records, cfg, log, done, received):
+    """SFT or GRPO: `steps` steps, the first of which is number `first` of both together, from `done` on."""
+    folder, reference = Path(cfg.output_dir), None
+    if phase == "grpo" and cfg.beta:  # the policy that GRPO starts from, frozen
+        start = folder / f"checkpoint-{first:06d}" if first else cfg.model
+        reference = setup(replace(cfg, model=str(start)))[0].eval().requires_grad_(False)
+    gc.collect()  # the optimizer of SFT, 12 bytes per weight, is part of a reference cycle
+    optimizer = make_optimizer(policy)
+    if done > first:
+        restore(optimizer, folder / f"checkpoint-{done:06d}")
+    bar = tqdm(batches(encoder, records, batch, cfg.seed, steps, done - first), phase, steps,
+               initial=done - first, disable=rank_and_world()[0] > 0)
+    for step, prompts in bar:
+        lr, done = learning_rate(step, steps, peak, cfg.warmup_steps), first + step + 1
+        if phase == "sft":
+            metrics, groups = sft_step(policy, optimizer, encoder, prompts, cfg, lr)
+        else:
+            metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
+        log.write(phase, step, metrics, bar)
+        if phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0 and log.file:
+            draw_picture(groups[0], folder / "pictures" / f"step-{step + 1:06d}.png")
+        asked = int(over_ranks([max(received, default=0)], "MAX")[0])  # to stop, on any rank
+        if asked or step + 1 == steps or cfg.save_every and (step + 1) % cfg.save_every == 0:
+            save_checkpoint(policy, encoder, optimizer, done, cfg)
+        if asked:
+            print0(f"\nstopped by {signal.Signals(asked).name}; go on with --resume")
+            raise SystemExit(128 + asked)
+
+
+def refuse_second_run(cfg):
+    """SystemExit if `--output_dir` holds the steps of a run that is not to be resumed."""
+    metrics = Path(cfg.output_dir) / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size and not cfg.resume:
         raise SystemExit(f"{cfg.output_dir} holds a run already: --resume it, or choose another --output_dir")
+
+
+def check_training(cfg, records):
+    """SystemExit, before anything is loaded or written, if this run cannot do what it is asked to."""
+    for name in ("sft_batch", "prompts_per_step"):
+        if getattr(cfg, name) % rank_and_world()[1]:
+            raise SystemExit(f"--{name} {getattr(cfg, name)} cannot be shared out evenly over the processes")
+    if cfg.steps + cfg.sft_steps == 0:
+        raise SystemExit("--steps 0 and --sft_steps 0 train nothing: ask for some of either")
+    refuse_second_run(cfg)
+    missing = [record["path"] for record in records if not os.path.isfile(record["path"])]
+    if len(missing) > 0.01 * len(records):
+        raise SystemExit(f"{cfg.data}: {len(missing)} of {len(records)} images are not there, the first is "
+                         f"{missing[0]}. Paths are relative to the file")
+    if any(record["truth"] is None for record in records):
+        raise SystemExit(f"{cfg.data} holds counts without points: they can be evaluated, not trained on")
+
+
+def warn_of_long_truths(encoder, records, max_new_tokens):
+    """Say how many images cannot earn everything, since a right answer is longer than a completion may be."""
+    lengths = []
+    for index, record in enumerate(records):
+        _, width, height, truth, _ = encoder.to_model(record)
+        lengths.append(len(encoder.tokens(target_text(record, truth, width, height, index))) + 1)
+    if too_long := sum(n > max_new_tokens for n in lengths):
+        print0(f"warning: --max_new_tokens {max_new_tokens} cuts the truth of {too_long} of {len(records)} "
+               f"images, which takes up to {max(lengths)} tokens")
+
+
+def train(cfg):
+    """SFT for `--sft_steps`, then GRPO for `--steps`, on --data."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
+        cfg = replace(cfg, resume=True)
     records = load_records(cfg.data, cfg.method)
-    folder, step = find_checkpoint(cfg) if cfg.resume else (None, 0)
-    barrier()  # nobody writes before all have looked
-    policy, encoder = setup(replace(cfg, model=str(folder)) if folder else cfg)
-    policy, log = parallel(policy), Log(cfg.output_dir, step)
-    with noting_signals():
-        if step < cfg.sft_steps:
-            train_sft(policy, encoder, records, cfg, log, step, folder)
-        train_grpo(policy, encoder, records, cfg, log, max(step - cfg.sft_steps, 0), folder)
+    check_training(cfg, records)
+    folder, done = find_checkpoint(cfg) if cfg.resume else (None, 0)
+    barrier()  # no rank writes before all have looked
+    policy, encoder = setup(replace(cfg, model=str(folder or cfg.model)))
+    warn_of_long_truths(encoder, records, cfg.max_new_tokens)
+    policy, log = parallel(policy), Log(cfg.output_dir, done)
+    phases = ("sft", 0, cfg.sft_steps, cfg.sft_batch, cfg.sft_lr), (
+        "grpo", cfg.sft_steps, cfg.steps, cfg.prompts_per_step, cfg.lr)
+    with noting_signals() as received:
+        for phase, first, steps, batch, peak in phases:
+            if done < first + steps:
+                plan = phase, first, steps, batch, peak
+                train_phase(*plan, policy, encoder, records, cfg, log, done, received)
+                done = first + steps
 
 
-def run_evaluation(cfg):
-    """`--eval`, or `--predictions FILE` of any tool: print the table and write eval.json."""
-    records, source = load_records(cfg.data, cfg.method), cfg.predictions or cfg.model
-    if cfg.predictions:
-        predictions = load_predictions(cfg.predictions, records)
-        figures = score(records[: cfg.limit or None], predictions[: cfg.limit or None])
-    else:
-        policy, encoder = setup(cfg)
-        figures = evaluate(policy, encoder, records[: cfg.limit or None], cfg, cfg.output_dir)
-    print_table({Path(source).name: figures})
-    if rank_and_world()[0] == 0:
-        about = {"source": source, "data": cfg.data, "images": len(records[: cfg.limit or None])}
-        write_text(Path(cfg.output_dir) / "eval.json", json.dumps(about | figures, indent=2))
-
-
-NAMES = {"dip-r1": "DIP-R1", "perception-r1": "Perception-R1"}
-
-
-def prepare_demo(cfg, questions):
-    """Draw the scenes and make the tiny model, once for all ranks -> (policy, encoder)."""
-    import data_prep
-
-    folder = Path(cfg.output_dir)
-    if rank_and_world()[0] == 0:
-        count = DEMO_SCENES + DEMO_HELD_OUT
-        data_prep.synthetic(folder / "scenes", count, cfg.seed, val=DEMO_HELD_OUT, task=cfg.task)
-        data_prep.tiny(folder / "tiny", cfg.seed, questions=questions)
-    barrier()
-    policy, encoder = setup(replace(cfg, model=str(folder / "tiny")))
-    return parallel(policy), encoder
-
-
-def demo_records(cfg):
-    """-> (training, held-out) records of the demo's scenes, asked as the method asks."""
-    folder = Path(cfg.output_dir) / "scenes"
-    return [load_records(folder / f"{name}.jsonl", cfg.method) for name in ("train", "val")]
+DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
+    output_dir="runs/demo", max_new_tokens=72, sft_steps=950, sft_lr=2e-3, sft_batch=16, steps=95, lr=2e-4,
+    prompts_per_step=32, tokens_per_forward=2000, gradient_checkpointing=False, save_every=0)
+DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
 
 
 def run_demo(cfg):
-    """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes before and after."""
-    started, folder = float(os.environ.get("DEMO_STARTED", time.time())), Path(cfg.output_dir)
-    asked = QUESTION if cfg.method == "dip-r1" else PERCEPTION_QUESTIONS[cfg.task]
-    policy, encoder = prepare_demo(cfg, [asked])
-    (records, held_out), log = demo_records(cfg), Log(folder)
-    cfg.data = str(folder / "scenes" / "train.jsonl")
-    train_sft(policy, encoder, records, cfg, log)
-    sft = evaluate(policy, encoder, held_out, cfg, folder / "sft")
-    train_grpo(policy, encoder, records, cfg, log)
-    after = evaluate(policy, encoder, held_out, cfg, folder / cfg.method)
-    print_table({"SFT": sft, NAMES[cfg.method]: after})
+    """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes after each."""
+    import data_prep
+
+    started, folder, columns = time.time(), Path(cfg.output_dir), {}
+    refuse_second_run(cfg)
+    if rank_and_world()[0] == 0 and not cfg.resume:
+        data_prep.synthetic(folder / "scenes", DEMO_SCENES + DEMO_HELD_OUT, cfg.seed, val=DEMO_HELD_OUT)
+        data_prep.tiny(folder / "tiny", cfg.seed, texts=[CHAT, *(task.question for task in TASKS.values())])
+    barrier()  # nothing is read before it is drawn
+    cfg = replace(cfg, model=str(folder / "tiny"), data=str(folder / "scenes" / "train.jsonl"))
+    train(cfg)
+    held_out = load_records(folder / "scenes" / "val.jsonl", cfg.method)
+    for name, step in (("sft", cfg.sft_steps), (cfg.method, cfg.sft_steps + cfg.steps)):
+        policy, encoder = setup(replace(cfg, model=str(folder / f"checkpoint-{step:06d}")))
+        columns[name] = evaluate(policy, encoder, held_out, cfg, folder / name)
     seconds = round(time.time() - started)
-    summary = {"seed": cfg.seed, "seconds": seconds, "sft": sft, cfg.method: after}
-    if rank_and_world()[0] == 0:
-        write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    report(folder / "summary.json", columns, {"seed": cfg.seed, "seconds": seconds, **columns})
     print0(f"\n{seconds} s. Written: {folder}/summary.json, metrics.jsonl and pictures/")
 
 
-def compare_once(cfg):
-    """One seed of `--compare` -> {what was trained: its figures on the held-out scenes}.
-
-    The warm-up writes each scene in both templates, so that all start from the same weights. From there each
-    takes the same steps of as many completions, cut at the same length.
-    """
-    folder = Path(cfg.output_dir)
-    looking = replace(cfg, method="dip-r1", data=str(folder / "scenes" / "train.jsonl"))
-    answering = replace(looking, method="perception-r1")
-    policy, encoder = prepare_demo(cfg, [QUESTION, PERCEPTION_QUESTIONS["detection"]])
-    both = demo_records(looking)[0] + demo_records(answering)[0]
-    train_sft(policy, encoder, both, cfg, Log(folder / "warm-up"))
-    start, figures = copy.deepcopy(unwrap(policy).state_dict()), {}
-    ways = {"SFT": looking, "SFT, answer alone": answering, "Perception-R1": answering,
-            "DIP-R1 without look": replace(looking, look_weight=0.0), "DIP-R1": looking}
-    for name, way in ways.items():
-        records, held_out = demo_records(way)
-        if not name.startswith("SFT"):
-            unwrap(policy).load_state_dict(start)
-            train_grpo(policy, encoder, records, way, Log(folder / name))
-        figures[name] = evaluate(policy, encoder, held_out, way, folder / name)
-    return figures
-
-
-def run_comparison(cfg):
-    """`--demo --compare N`: Perception-R1 and DIP-R1 from one warm-up, on seeds 0 .. N-1; prints the mean and
-    the standard deviation over the seeds, and writes them to compare.json."""
-    folder, runs = Path(cfg.output_dir), []
-    for seed in range(cfg.compare):
-        runs.append(compare_once(replace(cfg, seed=seed, output_dir=str(folder / f"seed-{seed}"))))
-        if rank_and_world()[0] == 0:
-            write_text(folder / "compare.json", json.dumps(runs, indent=2))
-    print0(f"\n{'held-out images':<26}" + "".join(f"{name:>21}" for name in runs[0]))
-    for figure in runs[0]["DIP-R1"]:
-        values = [[run[name].get(figure, np.nan) for run in runs] for name in runs[0]]  # nan: no look
-        cells = [f"{np.mean(v):.3f} +- {np.std(v):.3f}" for v in values]
-        print0(f"{figure:<26}" + "".join(f"{cell:>21}" for cell in cells))
-
-
-def start_twice(argv):
-    """Start this command under torchrun, in two processes of one thread each: the demo's matrices are too
-    small to be shared by two threads, but a batch is easily shared by two processes."""
-    os.environ |= {"DEMO_STARTED": str(time.time()), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    os.execv(sys.executable, [*torchrun, sys.argv[0], *argv])  # this process becomes torchrun
+def parse_flags(argv):
+    """The command line -> Config. SystemExit names a flag that is out of its range."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for option in fields(Config):
+        how = dict(type=option.type)
+        if option.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(option.type):
+            how = dict(choices=get_args(option.type))
+        parser.add_argument(f"--{option.name}", default=option.default, help=option.metadata["help"], **how)
+    if "--demo" in argv:
+        parser.set_defaults(**DEMO)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for option in fields(Config):
+        value, least = getattr(cfg, option.name), option.metadata["least"]
+        if least is not None and not least <= value < float("inf"):  # NaN neither
+            raise SystemExit(f"--{option.name} {value}: at least {least} ({option.metadata['help']})")
+    return cfg
 
 
 def main(argv=None):
     """The command line: every field of Config is a flag."""
-    from transformers import HfArgumentParser
-    from transformers.utils import logging
-
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    if "--demo" in argv:
-        parser.set_defaults(**DEMO)
-    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    cfg = parse_flags(sys.argv[1:] if argv is None else argv)
     logging.disable_progress_bar()
-    other_task = cfg.task != "detection" and not (cfg.demo and cfg.method == "perception-r1")
-    if other_task or cfg.compare and not cfg.demo:
-        raise SystemExit("--task goes with --demo --method perception-r1, and --compare with --demo")
-    if cfg.demo and "RANK" not in os.environ and not torch.cuda.is_available() and os.cpu_count() > 1:
-        start_twice(argv)
-    join_processes()  # until then every process takes itself for rank 0
-    evaluates = cfg.eval or cfg.predictions
-    run = run_comparison if cfg.compare else run_demo
-    (run if cfg.demo else run_evaluation if evaluates else train)(cfg)
+    join_processes()  # until then every process believes that it is rank 0
+    try:
+        (run_demo if cfg.demo else run_evaluation if cfg.eval or cfg.predictions else train)(cfg)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of memory. Go on with --resume and a lower --tokens_per_forward, "
+                         f"--max_new_tokens or --max_pixels. PyTorch says: {error}") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
