@@ -995,7 +995,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
     tokens = torch.zeros(len(first), max_new_tokens, dtype=torch.long, device=device)
     chosen = torch.zeros(len(first), max_new_tokens, device=device)  # log-probabilities of the tokens
     lengths, rows, step = torch.zeros_like(first), torch.arange(len(first), device=device), None
-    running = torch.ones_like(rows, dtype=torch.bool)  # of the rows still in the batch, who has no EOS
+    running = torch.ones_like(rows, dtype=torch.bool)  # which of the rows have no EOS yet
     for t in range(max_new_tokens):
         token = inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
@@ -1015,7 +1015,6 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
             step = captured(step, *inputs) if device.type == "cuda" else step
         logprobs = step(*inputs)
         column += 1
-
     completions = [row[:n] for row, n in zip(tokens, lengths.tolist())]
     logps, groups = [row[: len(o)] for row, o in zip(chosen, completions)], []
     for number, prompt in enumerate(prompts):
@@ -1756,7 +1755,8 @@ def parallel(policy):
 
 
 def train_phase(phase, first, steps, batch, peak, policy, encoder, records, cfg, log, done, received):
-    """SFT or GRPO: `steps` steps, the first of which is number `first` of both together, from `done` on."""
+    """SFT or GRPO: steps 0 .. `steps` - 1 of the phase, before which `first` steps belong to another. Of all
+    together `done` are done already, in a run that is resumed."""
     folder, reference = Path(cfg.output_dir), None
     if phase == "grpo" and cfg.beta:  # the policy that GRPO starts from, frozen
         start = folder / f"checkpoint-{first:06d}" if first else cfg.model

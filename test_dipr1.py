@@ -48,6 +48,13 @@ REAL = HERE.parent / "shared" / "real"  # real annotation files, where somebody 
 ONE, CROWD = [[0, 0, 10, 10]], [[10, 10, 30, 50], [25, 12, 45, 52], [50, 40, 70, 90], [75, 20, 95, 70]]
 MIDDLES = [[20, 30], [35, 32], [60, 65], [85, 45]]  # of that crowd
 METHODS = "dip-r1", "perception-r1"
+TWO = np.array([[0.0, 0, 10, 10], [20, 0, 30, 10]])
+PERSON, OTHER = [0, 0, 28, 56], [56, 0, 84, 56]
+NAN, INF = float("nan"), float("inf")
+SCENARIOS = [dict(), dict(zero_odd=True, beta=0.0), dict(freeze_vision=True, tokens_per_forward=10_000),
+             dict(num_iterations=2, gradient_checkpointing=True)]  # of training with two processes
+IMAGE = (100, 80)  # width, height of the pictures that we make
+needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the real annotation files")
 
 
 def completion(look="[[0, 0, 28, 28]]", answer="[[0, 0, 28, 56]]", think="two people"):
@@ -56,10 +63,6 @@ def completion(look="[[0, 0, 28, 28]]", answer="[[0, 0, 28, 56]]", think="two pe
 
 def boxes(*rows):
     return np.array(rows, float).reshape(-1, 4)
-
-
-def response(answer, look=()):
-    return Response("t", None if look is None else boxes(*look), boxes(*answer), True)
 
 
 def random_boxes(rng, n, size=20):
@@ -78,6 +81,34 @@ def judged(text, prompt):
     """The format and the answer reward of a completion."""
     form, _, answer = dipr1.group_rewards(Group(prompt, [], texts=[text]), 0.65)[0].tolist()
     return form, answer
+
+
+def main(*flags):
+    """The command line, in this process."""
+    dipr1.main([str(flag) for flag in flags])
+
+
+def write(path, *content):
+    """Bytes or text as they are, anything else as JSON, a line each -> the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = [part if isinstance(part, (bytes, str)) else json.dumps(part) for part in content]
+    path.write_bytes(b"\n".join(part if isinstance(part, bytes) else part.encode() for part in texts))
+    return path
+
+
+def read_lines(path):
+    return data_prep.read_jsonl(path, dict)
+
+
+def replaced(**functions):
+    """Functions of dipr1 replaced for a while, also in processes that pytest does not know."""
+    return mock.patch.multiple(dipr1, **functions)
+
+
+def line_of(**fields):
+    """A line of data, as data_prep.py writes it."""
+    line = {"image": "x.png", "width": 50, "height": 50, "target": "person", "boxes": [], "ignore": []}
+    return line | fields
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,7 +155,7 @@ def test_what_is_not_a_list_of_boxes_is_none_in_no_time(text):
     assert time.process_time() - started < 0.3
 
 
-def test_format_reward_wants_the_whole_template_and_nothing_else():
+def test_format_rewards_want_the_whole_template_and_nothing_else():
     good = completion()
     for text in (good, f"\n {good.replace('><', '> <')} \n", completion(look="[]", answer="[]")):
         assert dipr1.format_reward(text) == 1
@@ -138,6 +169,14 @@ def test_format_reward_wants_the_whole_template_and_nothing_else():
     assert dipr1.parse_response("hm <answer>[[1, 2, 3, 4]]</answer>").answer.tolist() == [[1, 2, 3, 4]]
     for text in ("<answer>[]</answer>" * 2, "</answer>[]<answer>", "<answer>[<look>]</answer>"):
         assert dipr1.parse_response(text).answer is None
+    # Perception-R1's format is one or minus one.
+    for text, rewards in ((f"<answer>{ONE}</answer>", (1, 1)), ("\n <answer>[]</answer> ", (1, 0)),
+                          ("<answer>nobody</answer>", (-1, 0)), ("", (-1, 0)), (str(ONE), (-1, 0)),
+                          (f"<think>hm</think><answer>{ONE}</answer>", (-1, 1)),
+                          ("<answer>[]</answer>" * 2, (-1, 0)), ("</answer>[]<answer>", (-1, 0))):
+        assert judged(text, prompt_of("detection", ONE)) == rewards, text
+    for text, rewards in (("<answer>a</answer> b", (-1, 1)), ("a", (-1, 0)), ("</answer>a<answer>", (-1, 0))):
+        assert judged(text, prompt_of("ocr", "a")) == rewards, text
 
 
 @pytest.mark.slow
@@ -150,7 +189,6 @@ def test_a_hundred_thousand_mutated_completions_earn_finite_rewards_within_bound
     qwen = '[{"bbox_2d": [9, 11, 41, 58], "label": "a"}, {"bbox_2d": [31, 12, 69, 66], "label": "b"}]'
     whole = [completion(), completion(answer=qwen), completion(look="[]", answer=f"```json\n{qwen}\n```"),
              completion(look="[[5, 5, 80, 80]]", answer="[[10, 10, 40.5, 60], [30, 12, 70, 66]]")]
-
     def mutated(text):
         """A few accidents: characters lost or exchanged, pieces moved, repeated or cut off."""
         for _ in range(rng.integers(1, 6)):
@@ -160,7 +198,6 @@ def test_a_hundred_thousand_mutated_completions_earn_finite_rewards_within_bound
             text = text[:a] + [text[a + 1:], text[a:b] * 2 + text[b:], "", text[b:], typo + text[a + 1:],
                                tag + text[a:], text[b:] + text[:a], "9" * int(b - a)][rng.integers(8)]
         return text
-
     for number in range(12_500):
         prompt = prompts[number % len(prompts)]
         looks = prompt.record["method"] == "dip-r1"
@@ -175,20 +212,23 @@ def test_a_hundred_thousand_mutated_completions_earn_finite_rewards_within_bound
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Boxes and matching
+# Boxes, rewards and loss: by hand, by brute force, and what known hacks earn
 
 
-def test_iou_equals_counting_pixels_and_odd_boxes_overlap_nothing():
+def test_iou_equals_counting_pixels_odd_boxes_overlap_nothing_and_crowds_are_chains_of_overlap():
     rng = np.random.default_rng(0)
     a, b = random_boxes(rng, 6), random_boxes(rng, 5)
-
     def pixels(box):
         return {(x, y) for x in range(int(box[0]), int(box[2])) for y in range(int(box[1]), int(box[3]))}
-
     naive = [[len(pixels(p) & pixels(q)) / len(pixels(p) | pixels(q)) for q in b] for p in a]
     assert np.allclose(dipr1.box_iou(a, b), naive)
     odd = [[10, 10, 5, 5], [3, 3, 3, 9], [99, 99, 120, 120], [-50, -50, -9, -9]]  # inverted, empty, outside
     assert (dipr1.box_iou(odd, [[0, 0, 20, 20]]) == 0).all() and dipr1.box_iou([], a).shape == (0, 6)
+    row = [[10 * k, 0, 10 * k + 16, 20] for k in (0, 1, 2)]  # the first and the third do not touch
+    alone, pair = [200, 0, 210, 20], [[100, 0, 120, 20], [105, 5, 120, 25]]
+    mixed = boxes(row[2], pair[1], alone, row[0], pair[0], row[1])
+    assert dipr1.crowds(mixed).tolist() == [[0, 0, 36, 20], [100, 0, 120, 25]]
+    assert len(dipr1.crowds(mixed[1:4])) == len(dipr1.crowds(boxes())) == 0
 
 
 def test_matching_and_the_rewards_made_of_it_equal_trying_every_pairing():
@@ -196,7 +236,6 @@ def test_matching_and_the_rewards_made_of_it_equal_trying_every_pairing():
         worth = worth if len(worth) <= len(worth.T) else worth.T
         pairings = itertools.permutations(range(worth.shape[1]), len(worth))
         return max(sum(row[j] for row, j in zip(worth, pairing)) for pairing in pairings)
-
     rng = np.random.default_rng(1)
     for n, m in rng.integers(1, 6, (200, 2)).tolist():
         points, places = rng.uniform(-20, 130, (n, 2)), rng.uniform(0, 100, (m, 2))
@@ -210,23 +249,6 @@ def test_matching_and_the_rewards_made_of_it_equal_trying_every_pairing():
         assert np.array_equal(ious, iou[rows, cols]) and np.isclose(ious.sum(), best(iou * (iou >= 0.5)))
         assert dipr1.detection_reward(pred, truth) == pytest.approx(best(iou) / max(n, m))
         assert dipr1.counting_reward(points, places, 100, 80) == pytest.approx(best(1 - far) / max(n, m))
-
-
-def test_crowds_are_chains_of_overlap():
-    row = [[10 * k, 0, 10 * k + 16, 20] for k in (0, 1, 2)]  # the first and the third do not touch
-    alone, pair = [200, 0, 210, 20], [[100, 0, 120, 20], [105, 5, 120, 25]]
-    mixed = boxes(row[2], pair[1], alone, row[0], pair[0], row[1])
-    assert dipr1.crowds(mixed).tolist() == [[0, 0, 36, 20], [100, 0, 120, 25]]
-    assert len(dipr1.crowds(mixed[1:4])) == len(dipr1.crowds(boxes())) == 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The accuracy reward and the look reward
-
-
-TWO = boxes([0, 0, 10, 10], [20, 0, 30, 10])
-PERSON, OTHER = [0, 0, 28, 56], [56, 0, 84, 56]
-SPLIT = [response([PERSON]), response([PERSON, OTHER])]  # two completions that split over OTHER
 
 
 @pytest.mark.parametrize("pred, gt, ignore, expected", [
@@ -248,19 +270,16 @@ def test_accuracy_reward_by_hand(pred, gt, ignore, expected):
 def test_equal_weights_reward_dropping_a_doubtful_box_and_the_default_does_not():
     """The known trap, on a box that is right in 35% of the cases while four of five others are."""
     gt, wrong = boxes(*[[20 * i, 0, 20 * i + 15, 40] for i in range(6)]), [500, 0, 515, 40]
-
     def gain(**w):
         without, right, missed = (dipr1.accuracy_reward(boxes(*gt[:4], wrong, *doubtful), gt, **w)
                                   for doubtful in ([], [gt[4]], [[600, 0, 615, 40]]))
         return 0.35 * right + 0.65 * missed - without
-
     assert gain(recall_weight=0.5) < 0 < gain()
 
 
 def test_look_rewards_equal_the_definition_a_cell_and_a_completion_at_a_time():
     def count(boxes, x, y):
         return sum(x1 <= x <= x2 and y1 <= y <= y2 for x1, y1, x2, y2 in boxes)
-
     def naive(response, others):
         both = looks = unsure = 0.0
         for y, x in itertools.product(range(7, 56, 14), range(7, 84, 14)):
@@ -268,7 +287,6 @@ def test_look_rewards_equal_the_definition_a_cell_and_a_completion_at_a_time():
             look = count(response.look, x, y) > 0
             both, looks, unsure = both + look * u, looks + look, unsure + u
         return 2 * both / (looks + unsure) if unsure else 0.0
-
     rng = np.random.default_rng(2)
     rows = lambda: None if rng.random() < 0.15 else random_boxes(rng, rng.integers(0, 4), 80)
     for _ in range(30):
@@ -279,7 +297,10 @@ def test_look_rewards_equal_the_definition_a_cell_and_a_completion_at_a_time():
 
 
 def test_look_rewards_and_what_hacks_of_them_earn_by_hand():
-    reward = lambda look: dipr1.look_rewards([response([], look), *SPLIT], 112, 112)[0]
+    def response(answer, look=()):
+        return Response("t", None if look is None else boxes(*look), boxes(*answer), True)
+    split = [response([PERSON]), response([PERSON, OTHER])]  # two completions that split over OTHER
+    reward = lambda look: dipr1.look_rewards([response([], look), *split], 112, 112)[0]
     assert reward([OTHER]) == reward([OTHER] * 50) == 1  # the doubtful person; duplicates change nothing
     assert reward([PERSON]) == reward([]) == reward(None) == 0  # all agree on that person
     assert reward([[56, 0, 84, 28]]) == pytest.approx(2 * 4 / (4 + 8))
@@ -290,10 +311,6 @@ def test_look_rewards_and_what_hacks_of_them_earn_by_hand():
     # One box over two people disagrees with a box for each, though both cover the same cells.
     merged, apart = response([[0, 0, 56, 56]]), response([[0, 0, 42, 56], [14, 0, 56, 56]])
     assert dipr1.look_rewards([response([], [[14, 0, 42, 56]]), merged, apart], 112, 112)[0] == 1
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Perception-R1's rewards and the table of tasks: by hand, by brute force, and what known hacks earn
 
 
 @pytest.mark.parametrize("task, truth, answer, reward", [
@@ -318,16 +335,6 @@ def test_answer_rewards_and_what_hacks_of_them_earn_by_hand(task, truth, answer,
     assert form == 1 and earned == pytest.approx(reward, abs=1e-3)
 
 
-def test_perceptions_format_is_one_or_minus_one():
-    for text, rewards in ((f"<answer>{ONE}</answer>", (1, 1)), ("\n <answer>[]</answer> ", (1, 0)),
-                          ("<answer>nobody</answer>", (-1, 0)), ("", (-1, 0)), (str(ONE), (-1, 0)),
-                          (f"<think>hm</think><answer>{ONE}</answer>", (-1, 1)),
-                          ("<answer>[]</answer>" * 2, (-1, 0)), ("</answer>[]<answer>", (-1, 0))):
-        assert judged(text, prompt_of("detection", ONE)) == rewards, text
-    for text, rewards in (("<answer>a</answer> b", (-1, 1)), ("a", (-1, 0)), ("</answer>a<answer>", (-1, 0))):
-        assert judged(text, prompt_of("ocr", "a")) == rewards, text
-
-
 def test_dip_r1s_rewards_are_format_look_and_accuracy_of_what_is_inside_the_image():
     answers = [[PERSON], [PERSON, OTHER], [PERSON, [56, 0, 84, 999]]]  # the last is clipped to OTHER
     texts = [completion(str([OTHER]), str(answer)) for answer in answers] + ["<answer>[]</answer>"]
@@ -341,11 +348,9 @@ def test_dip_r1s_rewards_are_format_look_and_accuracy_of_what_is_inside_the_imag
 @pytest.mark.parametrize("method", METHODS)
 def test_labels_that_differ_pair_nothing(method):
     truth, labels = [[0, 0, 10, 10], [50, 50, 60, 60]], ["dog", "cat"]
-
     def earned(rows, prompt=prompt_of("detection", truth, method, labels=labels)):
         text = completion(answer=json.dumps(rows))
         return judged(text if method == "dip-r1" else text.partition("</look>")[2], prompt)[1]
-
     rows = [{"bbox_2d": box, "label": label} for box, label in zip(truth, labels)]
     assert earned(rows) == earned(rows[::-1]) == 1
     assert earned([rows[0], rows[1] | {"label": "dog"}]) == earned([rows[0], truth[1]]) == 0.5
@@ -362,17 +367,12 @@ def test_levenshtein_equals_the_textbooks_recursion():
         if not a or not b:
             return len(a) + len(b)
         return min(naive(a[1:], b) + 1, naive(a, b[1:]) + 1, naive(a[1:], b[1:]) + (a[0] != b[0]))
-
     rng = np.random.default_rng(0)
     for length in (0, 1, 2, 5, 30) * 30:
         a, b = ("".join(rng.choice(list("abcé😀"), rng.integers(0, length + 1))) for _ in range(2))
         assert dipr1.levenshtein(a, b) == naive(a, b)
     page = "".join(rng.choice(list("abcdefgh "), 3000))
     assert dipr1.levenshtein(page, page[:1000] + "?" + page[1001:] + "!") == 2
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Advantages and loss
 
 
 def test_advantages_equal_the_formula_and_vanish_where_all_agree():
@@ -390,7 +390,6 @@ def test_loss_and_gradient_equal_the_formula(with_kl):
     def naive(lp, lo, lr, a, eps=0.2, beta=0.3):
         rho, d = math.exp(lp - lo), lr - lp if with_kl else 0
         return -min(rho * a, min(max(rho, 1 - eps), 1 + eps) * a) + beta * (math.exp(d) - d - 1)
-
     ratios = [0.5, 0.79, 0.9, 1.0, 1.1, 1.21, 2.0]  # inside and outside the clip
     old = torch.full((14,), -1.3, dtype=torch.float64)
     logp = (old + torch.tensor(ratios * 2, dtype=torch.float64).log()).requires_grad_()
@@ -423,9 +422,9 @@ def tiny(tmp_path_factory):
         noise = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
         people = [[5, 5, 30, 35], [20, 10, 45, 38], [1, 1, 9, 12]][: number % 4]
-        records.append(dict(image=f"{number}.png", width=width, height=height, target="person", boxes=people))
-    (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder / "model", folder / "train.jsonl"
+        image = str(folder / f"{number}.png")
+        records.append(dict(image=image, width=width, height=height, target="person", boxes=people))
+    return folder / "model", write(folder / "train.jsonl", *records)
 
 
 def load(tiny, eos=0.0, gradient_checkpointing=False, **options):
@@ -467,20 +466,15 @@ def plain_logprobs(policy, group):
 
 @pytest.mark.parametrize("temperature, checkpointing", [(1.0, False), (0.7, True)])
 def test_packed_groups_equal_one_padded_forward_a_completion(tiny, temperature, checkpointing):
-    """For prompts of several lengths with 1 to 5 completions. With checkpointing, all runs twice."""
+    """For prompts of several lengths with 1 to 5 completions; the softmax is computed in three chunks."""
     policy, _, prompts = load(tiny, temperature=temperature, gradient_checkpointing=checkpointing)
     policy.train()
     lengths = {2: (5, 9, 1, 7), 1: (3, 12), 5: (40,), 0: (2, 2, 2, 2, 2)}
     groups = [random_group(prompts[k], lengths[k], seed=k) for k in lengths]
     weight = torch.linspace(-1, 1, sum(group.n_tokens for group in groups))
-    decoder, tower, runs = policy.model.model.language_model, policy.model.model.visual, []
-    parts = decoder.layers[0].mlp, tower.blocks[0].mlp
-    for part in parts:
-        part.register_forward_pre_hook(lambda part, _: runs.append(part))
-
-    packed = policy(groups)
+    with replaced(token_logprobs=functools.partial(dipr1.token_logprobs, chunk=32)):
+        packed = policy(groups)
     (packed * weight).sum().backward()
-    assert [runs.count(part) for part in parts] == [1 + checkpointing] * 2
     ours = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
     plain = torch.cat([plain_logprobs(policy, group) for group in groups])
@@ -493,24 +487,9 @@ def test_packed_groups_equal_one_padded_forward_a_completion(tiny, temperature, 
         assert parameter.grad.abs().max() > 0 or "k_proj.bias" in name, name
 
 
-def test_chunks_of_the_vocabulary_softmax_change_nothing():
-    """Forward and gradients against autograd over the whole log-softmax, in double precision."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias, grad = (
-        torch.randn(shape, dtype=torch.double, generator=generator, requires_grad=True)
-        for shape in ((23, 8), (40, 8), (40,), (23,)))
-    targets = torch.randint(0, 40, (23,), generator=generator)
-    plain = (hidden @ weight.T + bias).log_softmax(-1)[torch.arange(23), targets]
-    expected = [plain, *torch.autograd.grad(plain, (hidden, weight), grad)]
-    for chunk in (4, 23, 99):
-        ours = dipr1.token_logprobs(hidden, weight, bias, targets, chunk)
-        for a, b in zip([ours, *torch.autograd.grad(ours, (hidden, weight), grad.float())], expected):
-            assert torch.allclose(a.double(), b, atol=1e-5)
-
-
-def test_the_prompt_is_the_checkpoints_chat_template_with_positions_in_three_dimensions(tiny):
+def test_a_prompt_is_the_checkpoints_template_in_three_dimensions_and_boxes_are_scaled_along_each_axis(tiny):
     """Without token types transformers silently counts 0, 1, 2, ... through the picture."""
-    _, encoder, _ = load(tiny)
+    _, encoder, prompts = load(tiny)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "who?"}]}]
     template = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert dipr1.CHAT.format(question="who?") == template
@@ -519,15 +498,11 @@ def test_the_prompt_is_the_checkpoints_chat_template_with_positions_in_three_dim
     assert ids.tolist() == encoder.tokenizer(seen, add_special_tokens=False).input_ids
     _, row, column = positions[:, ids == encoder.image_token]
     assert (row - row[0]).tolist() == [0, 0, 0, 1, 1, 1] and (column - column[0]).tolist() == [0, 1, 2] * 2
-
-
-def test_boxes_travel_to_model_space_with_a_scale_for_each_axis(tiny):
     grid, size = torch.tensor([[1, 728 // 14, 1316 // 14]]), (1920, 1080)
     there = dipr1.to_model_space([[0, 0, 1920, 1080], [960, 540, 1920, 1080]], size, grid)
     assert there.tolist() == [[0, 0, 1316, 728], [658, 364, 1316, 728]]
     assert np.allclose(dipr1.to_image_space(there, size, grid), [[0, 0, 1920, 1080], [960, 540, 1920, 1080]])
     assert dipr1.to_model_space([[960, 540]], size, grid).tolist() == [[658, 364]]  # a point
-    _, encoder, prompts = load(tiny)
     for prompt in prompts:  # boxes are scaled to the size that the tower sees
         assert prompt.grid.tolist() == [[1, prompt.height // 14, prompt.width // 14]]
         assert len(prompt.pixels) == prompt.grid.prod() == 4 * (prompt.ids == encoder.image_token).sum()
@@ -536,33 +511,35 @@ def test_boxes_travel_to_model_space_with_a_scale_for_each_axis(tiny):
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])  # Qwen's tokenizer has the second
 def test_the_truths_own_target_earns_everything_for_every_task_and_any_string(tiny, tmp_path, normalizer):
+    """Through file, tokenizer and parser; and no string becomes a special token."""
     _, encoder, _ = load(tiny)
     encoder.tokenizer.backend_tokenizer.normalizer = normalizer
     rng, image = np.random.default_rng(0), Image.new("RGB", (112, 112))  # so large that nothing is resized
-    odd = ["人", "café", "cafe\u0301", "a\tb", "\\", '"A"', "{A}", "<look>", "</answer>", "<answer>", "",
-           "<|im_end|>", "<|image_pad|>", " x ", "null", "[]", "```", "{target}", "\u2028", "\0"]
-    letters = [*map(chr, [*range(0x250), *range(0x300, 0x370)]), *'<>\\"{}人😀\u1100\u1161\u200d\ufeff']
-    odd += ["\u0338", "\n\u0303", "<\u0301"]  # accents that could join a tag's >, an escape's n or its c
-    strings = odd + ["".join(rng.choice(letters, 8)) for _ in range(60)]
-    people, records = [[50, 40, 90, 100], [5, 5, 30, 35], [5, 10, 40, 60]], []
+    odd = ["人", "café", "cafe\u0301", "a\tb", "\\", '"A"', "{A}", "<look>", "</look>", "</answer>",
+           "<answer>", "", "<|im_end|>", "<|image_pad|>", " x ", "null", "[]", "```", "{target}", "\u2028"]
+    odd += ["\0", "\u0338", "\n\u0303", "<\u0301"]  # accents may join a tag's >, an escape's n or its c
+    letters = [range(0x250), range(0x300, 0x370), range(0x5D0, 0x6FF), range(0x4E00, 0x4F00)]
+    letters = [*map(chr, itertools.chain(*letters)), *odd, *'<>\\"{}人😀\u1100\u1161\u200d']
+    strings, texts = odd + ["".join(rng.choice(letters, 8)) for _ in range(60)], []
     for (method, task), text in itertools.product(dipr1.TASKS, strings):
-        here = people[: 1 if task == "grounding" else len(records) % 4]
-        record = {"image": "", "width": 112, "height": 112, "method": method, "task": task, "target": text,
-                  "boxes": here, "points": [box[:2] for box in here], "transcript": text}
-        labels = {"labels": [text, "person", text + text][: len(here)]} if task == "detection" else {}
-        records.append(json.dumps(record | labels) + "\n")
-    (tmp_path / "odd.jsonl").write_text("".join(records))
-    for index, record in enumerate(dipr1.load_records(tmp_path / "odd.jsonl")):
+        corners = rng.integers(0, 60, (1 if task == "grounding" else len(texts) % 5, 2))
+        rows = np.hstack([corners, corners + rng.integers(20, 52, corners.shape)]).tolist()
+        line = line_of(width=112, height=112, method=method, task=task, target=text, boxes=rows,
+                       points=corners.tolist(), transcript=text)
+        line |= {"labels": [text, "person", text * 2, "a"][: len(rows)]} if task == "detection" else {}
+        texts.append(json.dumps(line, ensure_ascii=len(texts) % 3 == 0))
+    for index, record in enumerate(dipr1.load_records(write(tmp_path / "odd.jsonl", *texts))):
         prompt, task = encoder.prompt(index, record, image), record["task"]
+        question, target = encoder.tokenizer.decode(prompt.ids), encoder.target(prompt)
         assert (prompt.ids == encoder.image_token).sum() == 16  # no string adds a placeholder
-        question = encoder.tokenizer.decode(prompt.ids)
+        assert torch.isin(target, torch.tensor(encoder.eos)).tolist() == [False] * (len(target) - 1) + [True]
         assert record["target"] in question or task == "ocr"
         assert ('"label": its name' in question) == ("labels" in record)
         assert ("[] means none" in question) == (task in ("detection", "counting"))
         if normalizer and task == "ocr" and record["transcript"][:1] == "\u0338":
             continue  # it strikes through the > of the tag: Unicode makes one character of the two
-        text = encoder.decode(encoder.target(prompt))
-        assert judged(text, prompt) == (1, 1), (record, text)
+        group = Group(prompt, [target], texts=[encoder.decode(target)])
+        assert dipr1.group_rewards(group, 0.65).tolist() == [[1, 0, 1]], (record, group.texts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -596,16 +573,8 @@ def test_the_rollout_is_scored_as_sampled_and_equals_a_naive_loop_token_for_toke
             lengths.append(len(written))
     assert len(encoder.eos) == 2 and len(group.completions) == row + 1
     assert greedy or sorted(lengths)[3] < n == max(lengths)  # half of the rows were dropped
-
-
-def test_sampling_depends_on_seed_step_and_prompt_and_on_nothing_else(tiny):
-    policy, encoder, prompts = load(tiny)
-    for prompt, group in zip(prompts, sampled(policy, encoder, prompts, 4, 12, seed=5, step=3)):
-        (alone,) = sampled(policy, encoder, [prompt], 4, 12, seed=5, step=3)
-        assert all(map(torch.equal, group.completions, alone.completions))
-        assert len({tuple(o.tolist()) for o in group.completions}) == 4
     draws = [dipr1.draw_uniforms(*key, (2, 3)) for key in ((5, 3, 0), (6, 3, 0), (5, 4, 0), (5, 3, 1))]
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2)), "seed, step and prompt"
 
 
 def test_inverse_cdf_draws_the_distribution_and_never_an_impossible_token():
@@ -642,37 +611,30 @@ def test_a_captured_decode_step_writes_the_same_tokens(tiny, monkeypatch, refuse
     policy, encoder, prompts = load(tiny, eos=0.2)
     expected = sampled(policy, encoder, prompts[:2], 4, 60)
     plain, steps, recording = dipr1.decode_step, [], []  # the graph that is being recorded
-
-    class Graph:
-        def capture_begin(self, capture_error_mode):
-            assert capture_error_mode == "thread_local"
-            recording.append(self)
-
-        def capture_end(self):
-            recording.clear()
-
+    def new_graph():
+        graph = SimpleNamespace(capture_end=recording.clear)
+        graph.capture_begin = lambda capture_error_mode: recording.append((graph, capture_error_mode))
+        return graph
     def decode_step(policy, cache):
         eager = plain(policy, cache)
         steps.append(None)
-
         def step(*places):
             logprobs = eager(*places)
-            for graph in recording:
+            for graph, mode in recording:
+                assert mode == "thread_local"
                 if refuse:
                     raise RuntimeError("operation not permitted when stream is capturing")
                 graph.replay = lambda: logprobs.copy_(eager(*places))
                 logprobs.fill_(math.nan)
             return logprobs
-
         def run(*inputs):  # as `rollout` does on a GPU, but on first use
             steps[-1] = steps[-1] or dipr1.captured(step, *inputs)
             return steps[-1](*inputs)
         return run
-
     monkeypatch.setattr(dipr1, "decode_step", decode_step)
     stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(
-        Stream=stream, current_stream=stream, stream=contextlib.nullcontext, CUDAGraph=Graph))
+        Stream=stream, current_stream=stream, stream=contextlib.nullcontext, CUDAGraph=new_graph))
     with pytest.warns(UserWarning, match="not captured as a CUDA") if refuse else contextlib.nullcontext():
         groups = sampled(policy, encoder, prompts[:2], 4, 60)
     assert len(steps) > 1 and not recording
@@ -682,23 +644,7 @@ def test_a_captured_decode_step_writes_the_same_tokens(tiny, monkeypatch, refuse
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Credit, targets, data
-
-
-def main(*flags):
-    """The command line, in this process."""
-    dipr1.main([str(flag) for flag in flags])
-
-
-def write_lines(path, entries):
-    Path(path).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    return path
-
-
-def line_of(**fields):
-    """A line of data, as data_prep.py writes it."""
-    line = {"image": "x.png", "width": 50, "height": 50, "target": "person", "boxes": [], "ignore": []}
-    return line | fields
+# Credit, targets, data, training steps
 
 
 def test_the_look_reward_reaches_exactly_the_tokens_up_to_its_closing_tag(tiny):
@@ -717,37 +663,6 @@ def test_the_look_reward_reaches_exactly_the_tokens_up_to_its_closing_tag(tiny):
     assert (plain[: len(tokens[0])] == ours[0]).all()
 
 
-def random_text(rng):
-    """Any string: scripts, emoji, combining marks, quotes, control characters, and pieces of the template."""
-    pieces = ["</answer>", "<answer>", "</look>", "<|image_pad|>", "<|im_end|>", "{target}", '"]', "\\u4eba",
-              "```", "\u2028", "\t", "person", "[1, 2]", "e\u0301", "\ufeff", "\0", "&lt;", "人", "👩‍👩‍👧"]
-    ranges = [(32, 127), (0x80, 0x24F), (0x300, 0x36F), (0x5D0, 0x6FF), (0x4E00, 0x4FFF), (0x1F300, 0x1F6FF)]
-    drawn = [chr(rng.integers(*ranges[rng.integers(6)])) for _ in range(rng.integers(0, 12))]
-    return "".join(rng.permutation(drawn + list(rng.choice(pieces, rng.integers(0, 4)))))
-
-
-@pytest.mark.parametrize("method, task", dipr1.TASKS)
-def test_the_truth_written_as_target_earns_everything_whatever_its_strings_hold(tiny, tmp_path, method, task):
-    """Through file, tokenizer and parser, in every task; and no string becomes a special token."""
-    encoder, rng, lines, picture = load(tiny)[1], np.random.default_rng(0), [], Image.new("RGB", (112, 112))
-    for number in range(60):
-        corners = rng.integers(0, 60, (1 if task == "grounding" else rng.integers(0, 5), 2))
-        rows = np.hstack([corners, corners + rng.integers(20, 52, corners.shape)]).tolist()
-        line = line_of(width=112, height=112, target=random_text(rng), task=task, boxes=rows,
-                       points=corners.tolist(), transcript=random_text(rng))
-        if number % 2 and dipr1.TASKS[method, task].columns == 4:
-            line["labels"] = [random_text(rng) for _ in rows]
-        lines.append(json.dumps(line, ensure_ascii=number % 3 == 0))
-    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    for index, record in enumerate(dipr1.load_records(tmp_path / "d.jsonl", method)):
-        prompt = encoder.prompt(index, record, picture)
-        target = encoder.target(prompt)
-        assert (prompt.ids == encoder.image_token).sum() == 16, "the target's name was read as an image"
-        assert torch.isin(target, torch.tensor(encoder.eos)).tolist() == [False] * (len(target) - 1) + [True]
-        group = Group(prompt, [target], texts=[encoder.decode(target)])
-        assert dipr1.group_rewards(group, 0.65).tolist() == [[1, 0, 1]], group.texts[0]
-
-
 def test_the_supervised_look_is_weak():
     """Around the two of three people who overlap, three times in four; as often as not somewhere else too."""
     truth, crowd = boxes([5, 5, 30, 35], [20, 10, 45, 38], [80, 80, 90, 99]), [5, 5, 45, 38]
@@ -764,73 +679,79 @@ def test_a_thread_reads_prompts_while_targets_are_written(tiny):
     """The trap: a tokenizer that two threads switch to and fro, to read special tokens or not."""
     encoder, text, found = load(tiny)[1], "<|im_end|> [[1, 2, 3, 4]]", set()
     interval, until = sys.getswitchinterval(), time.time() + 1
-
     def read(read_once):
         while time.time() < until:
             found.add(tuple(read_once()))
-
     try:
         sys.setswitchinterval(1e-6)
         with ThreadPoolExecutor(2) as pool:
-            threads = [pool.submit(read, lambda: encoder.chat.__wrapped__(encoder, "what?", 8, 8)[0].tolist()),
+            threads = [pool.submit(read, lambda: encoder.chat.__wrapped__(encoder, "who?", 8, 8)[0].tolist()),
                        pool.submit(read, lambda: encoder.tokens(text))]
     finally:
         sys.setswitchinterval(interval)
     assert [thread.result() for thread in threads] == [None, None] and len(found) == 2
 
 
-def test_every_epoch_takes_each_record_once_in_an_order_of_its_own():
+def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_decays_to_zero():
     steps = [dipr1.batch_indices(10, 4, seed=0, step=s) for s in range(5)]  # the third step spans two epochs
     order = list(itertools.chain(*steps))
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
     assert steps[3] == dipr1.batch_indices(10, 4, 0, 3) != dipr1.batch_indices(10, 4, 1, 3)
     assert len(dipr1.batch_indices(3, 8, seed=0, step=0)) == 8  # fewer records than a batch holds
+    rates = [dipr1.learning_rate(step, 10, 2.0, 4) for step in range(11)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4:] == sorted(rates[4:])[::-1] and rates[10] == 0
+    assert dipr1.learning_rate(0, 3, 2.0, 10) > 0, "a run shorter than its warm-up learns as well"
 
 
 @pytest.mark.parametrize("line, said", [
-    ("{", ""), ("[]", "object"), ('{"image": "x.png"}', "width"), ('{"width": NaN}', ""), ("\xff", ""),
-    *[(json.dumps(line_of(**fields)), said) for fields, said in [
-        ({"boxes": [[1, 2]]}, "boxes, row 1: .1, 2. is not 4 finite numbers"),
-        ({"boxes": [[1, 2, 3, 4], [1, 2, 3, 4, 0.9]]}, "boxes, row 2"),
-        ({"boxes": [[1, 2, float("nan"), 4]]}, "boxes, row 1"), ({"boxes": [[30, 2, 3, 4]]}, "x1 < x2"),
-        ({"boxes": [[1, 2, 52, 4]]}, "outside the 50 x 50"), ({"boxes": [[0.1, 0.2, 0.3, 0.4]]}, "fractions"),
-        ({"boxes": "[]"}, "must be a list"), ({"boxes": None}, "boxes"), ({"ignore": [[1, 2, 3]]}, "ignore"),
-        ({"width": 0}, "width and height"), ({"width": "50"}, "width and height"), ({"image": 3}, ""),
-        ({"target": None}, ""), ({"target": "\ud800"}, ""), ({"task": "singing"}, "singing"),
-        ({"task": "ocr"}, "ocr"), ({"method": "guessing"}, "guessing"),
+    ("{", "Expecting"), ("[]", "object is expected, not .."), ("3", "object"), ('{"width": NaN}', ""),
+    ('{"image": "x.png"}', "no 'width'"), ("\xff", "utf-8"), ('{"a": ' + "[" * 100_000, "RecursionError"),
+    ('{"a": ' + "9" * 5000 + "}", "digits"), *[(json.dumps(line_of(**fields)), said) for fields, said in [
+        ({"boxes": [[1, 2, 3]]}, r"boxes, row 1: \[1, 2, 3\] is not 4 finite numbers"),
+        ({"boxes": [[1, 2, 3, 4], [1, 2, 3, 4, 0.9]]}, "boxes, row 2: .* not 4"), ({"boxes": None}, "boxes"),
+        ({"boxes": [[1, 2, NAN, 4]]}, "finite"), ({"boxes": [[1, 2, 3, True]]}, "finite"),
+        ({"boxes": [[1, 2, 3, 10**400]]}, "finite"), ({"boxes": [[1, 2, 3, "4"]]}, "finite"),
+        ({"points": [1, 2]}, "finite"), ({"points": [{"x": 1}]}, "finite"), ({"boxes": "1234"}, "a list of"),
+        ({"boxes": [[3, 2, 3, 4]]}, "x1 < x2"), ({"boxes": [[3, 9, 8, 4]]}, "y1 < y2"),
+        ({"boxes": [[50, 9, 50.5, 14]]}, "x1 < x2"), ({"boxes": [[1, 2, 52, 4]]}, "outside the 50 x 50"),
+        ({"boxes": [[-2, 2, 9, 4]]}, "outside"), ({"points": [[20, 51.5]]}, "outside"),
+        ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"points": [[0.5, 0.2]]}, "between 0"),
+        ({"ignore": [[1, 2, 3]]}, "ignore, row 1"), ({"width": 0}, "width and height"),
+        ({"width": "50"}, "width and height"), ({"image": 3}, ""), ({"target": None}, ""),
+        ({"target": "\ud800"}, ""), ({"task": "singing"}, "singing"), ({"task": "ocr"}, "ocr"),
+        ({"method": "guessing"}, "guessing"), ({"boxes": [[1, 2, 3, 4]], "labels": [7]}, ""),
         ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
         ({"ignore": [[1, 2, 3, 4]], "labels": []}, "0 ignore_labels for 1 ignore"),
-        ({"boxes": [[1, 2, 3, 4]], "labels": [7]}, ""),
         ({"method": "perception-r1", "task": "grounding"}, "one box"),
         ({"method": "perception-r1", "task": "ocr", "transcript": ["a"]}, ""),
         ({"method": "perception-r1", "task": "counting", "points": [[1, 2, 3, 4]]}, "points, row 1")]],
-])
+], ids=lambda text: ascii(text[-40:]))
 def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, line, said):
-    (tmp_path / "d.jsonl").write_bytes(f"{json.dumps(line_of())}\n\n{line}\n".encode("latin-1"))
+    path = write(tmp_path / "d.jsonl", line_of(), "", line.encode("latin-1"))
     with pytest.raises(SystemExit, match=f"d.jsonl, line 3: .*{said}"):
-        dipr1.load_records(tmp_path / "d.jsonl")
+        dipr1.load_records(path)
 
 
-def test_a_line_may_hold_any_character_and_a_box_may_overhang_by_a_pixel(tmp_path):
-    text = json.dumps(line_of(target="a\u2028b\x85c e\u0301", boxes=[[-1, 2, 51, 50]], ignore=[[0, 0, 9, 9]],
-                              labels=["d\u2029"], ignore_labels=["d"]), ensure_ascii=False)
-    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n \r\n{text}".encode())
-    first, second = dipr1.load_records(tmp_path / "d.jsonl")
-    assert first["target"] == second["target"] == "a\u2028b\x85c \xe9" and first["labels"] == ["d\u2029"]
-    assert first["boxes"].tolist() == [[0, 2, 50, 50]] and first["path"] == str(tmp_path / "x.png")
+def test_a_line_ends_at_a_line_feed_may_hold_any_character_and_a_box_may_overhang_by_a_pixel(tmp_path):
+    line = line_of(target="a\u2028b\x85c e\u0301", boxes=[[-1, 2, 51, 50], [0, 0, 1, 1]], points=[[50.5, 3]],
+                   ignore=[[0, 0, 9, 9]], labels=["d\u2029", "e"], ignore_labels=["d"])
+    text = json.dumps(line, ensure_ascii=False)
+    first, second = dipr1.load_records(write(tmp_path / "d.jsonl", f"\ufeff{text}\r\n \r\n{text}"))
+    assert first["target"] == second["target"] == "a\u2028b\x85c \xe9" and first["labels"][0] == "d\u2029"
+    assert first["boxes"].tolist() == [[0, 2, 50, 50], [0, 0, 1, 1]] and first["points"].tolist() == [[50, 3]]
+    assert first["path"] == str(tmp_path / "x.png")
+    with pytest.raises(SystemExit, match="gone: No such file"):
+        read_lines(tmp_path / "gone")
 
 
 def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_run(tiny, tmp_path, capsys):
-    lines = [json.loads(line) for _ in range(40) for line in tiny[1].read_text().splitlines()]
-    lines = [line | {"image": str(tiny[1].parent / line["image"])} for line in lines]
-    (tmp_path / "cut.png").write_bytes(Path(lines[1]["image"]).read_bytes()[:-400])
-    lines[1]["image"] = "cut.png"
-    policy, encoder, _ = load(tiny)
-    records = dipr1.load_records(write_lines(tmp_path / "train.jsonl", lines))
+    lines, (policy, encoder, _) = read_lines(tiny[1]) * 40, load(tiny)
+    write(tmp_path / "cut.png", Path(lines[1]["image"]).read_bytes()[:-400])
+    lines[1] = lines[1] | {"image": "cut.png"}
+    records = dipr1.load_records(write(tmp_path / "train.jsonl", *lines))
     prompts = [prompt for _, step in dipr1.batches(encoder, records, 24, seed=0, steps=10) for prompt in step]
     (lost,) = [prompt for prompt in prompts if prompt.weight == 0]
     assert lost.index == 1 and "cut.png: no longer readable" in capsys.readouterr().err
-
     reference, optimizer = copy.deepcopy(policy).eval(), dipr1.make_optimizer(policy)
     before, cfg = copy.deepcopy(policy.state_dict()), step_config()
     metrics, _ = dipr1.grpo_step(policy, reference, optimizer, encoder, [lost], cfg, 0, 1e-2)
@@ -842,24 +763,9 @@ def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_r
         list(dipr1.batches(encoder, records, 24, seed=0, steps=10))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training steps
-
-
 def step_config(**options):
     small = dict(prompts_per_step=4, group_size=3, max_new_tokens=12, tokens_per_forward=1, lr=1e-4)
     return Config(**{**small, "gradient_checkpointing": False, **options})
-
-
-@contextlib.contextmanager
-def replaced(**functions):
-    """Functions of dipr1 replaced for a while, also in processes that pytest does not know."""
-    before = {name: getattr(dipr1, name) for name in functions}
-    try:
-        vars(dipr1).update(functions)
-        yield
-    finally:
-        vars(dipr1).update(before)
 
 
 def rewards_by_index(zero_odd=False):
@@ -868,10 +774,6 @@ def rewards_by_index(zero_odd=False):
         drawn = np.random.default_rng(group.prompt.index).random((len(group.completions), 3))
         return torch.from_numpy(np.full_like(drawn, 0.5) if zero_odd and group.prompt.index % 2 else drawn)
     return rewards
-
-
-SCENARIOS = [dict(), dict(zero_odd=True, beta=0.0), dict(freeze_vision=True, tokens_per_forward=10_000),
-             dict(num_iterations=2, gradient_checkpointing=True)]
 
 
 def three_steps(tiny, rank, world, zero_odd=False, **options):
@@ -888,28 +790,19 @@ def three_steps(tiny, rank, world, zero_odd=False, **options):
     return {name: p.detach().clone() for name, p in policy.named_parameters()}
 
 
-def poisoned(tiny, *poisons):
-    """Updates with loss = factor * mean log p + term -> [was it skipped?, did weights move?] for each."""
-    policy, _, prompts = load(tiny)
-    policy, results = dipr1.parallel(policy), []
-    optimizer = dipr1.make_optimizer(policy)
-    for factor, term in poisons:
-        before = copy.deepcopy(policy.state_dict())
-        with replaced(grpo_loss=lambda logp, *_: (logp.mean() * factor + term, {"kl": 0.0})):
-            metrics = dipr1.update(policy, optimizer, [random_group(prompts[0])], Config(), 1e-3)
-        moved = not all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
-        results.append([metrics["skipped"], moved])
-    return results
-
-
-NAN, INF = float("nan"), float("inf")
-
-
 def worker(rank, tiny, folder):
+    """One of two processes: updates with loss = factor * mean log p + term, then the scenarios."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    policy, _, prompts = load(tiny)
+    optimizer = dipr1.make_optimizer(parallel := dipr1.parallel(policy))
     one, other = (1.0, INF if rank else 0.0), (NAN if rank else 1.0, 0.0)
-    assert poisoned(tiny, one, other, (1.0, 0.0)) == [[1, False], [1, False], [0, True]], "both skip"
+    for (factor, term), skipped in ((one, True), (other, True), ((1.0, 0.0), False)):
+        before = copy.deepcopy(policy.state_dict())
+        with replaced(grpo_loss=lambda logp, *_: (logp.mean() * factor + term, {"kl": 0.0})):
+            metrics = dipr1.update(parallel, optimizer, [random_group(prompts[0])], Config(), 1e-3)
+        moved = not all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+        assert metrics["skipped"] == skipped != moved, "both skip"
     torch.save([three_steps(tiny, rank, 2, **scenario) for scenario in SCENARIOS], f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 
@@ -931,18 +824,14 @@ def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
         assert frozen == bool(scenario.get("freeze_vision"))
 
 
-def test_a_step_repeats_exactly_and_a_higher_reward_becomes_likelier(tiny):
-    runs = []
-    for _ in range(2):
-        policy, encoder, prompts = load(tiny)
-        optimizer, cfg = dipr1.make_optimizer(policy), step_config(beta=0.0)
-        with replaced(group_rewards=rewards_by_index()), torch.no_grad():
-            with torch.enable_grad():
-                _, groups = dipr1.grpo_step(policy, None, optimizer, encoder, prompts[:2], cfg, 0, 1e-3)
-            runs.append(policy(groups))
-        before = torch.cat([group.rollout_logp for group in groups])
-        assert ((runs[-1] - before) * torch.cat([group.advantages for group in groups])).sum() > 0
-    assert torch.equal(*runs)
+def test_what_earned_more_becomes_likelier(tiny):
+    policy, encoder, prompts = load(tiny)
+    optimizer, cfg = dipr1.make_optimizer(policy), step_config(beta=0.0)
+    with replaced(group_rewards=rewards_by_index()):
+        _, groups = dipr1.grpo_step(policy, None, optimizer, encoder, prompts[:2], cfg, 0, 1e-3)
+    advantages, before = (torch.cat([getattr(group, name) for group in groups])
+                          for name in ("advantages", "rollout_logp"))
+    assert ((policy(groups) - before) * advantages).sum() > 0
 
 
 def test_sft_has_the_gradient_of_the_mean_log_likelihood_of_the_truth(tiny):
@@ -1014,11 +903,9 @@ def test_the_optimizer_is_torchs_adamw_on_fp32_masters(monkeypatch, dtype):
     exact, before = torch.nn.Parameter(weight.detach().float()), weight.detach().clone()
     ours = dipr1.MasterAdamW([weight], lr=1e-5, weight_decay=0.1)
     theirs, step = torch.optim.AdamW([exact], lr=1e-5, weight_decay=0.1), torch.optim.AdamW.step
-
     def handed_over(self):
         assert self is theirs or weight.grad is None
         return step(self)
-
     monkeypatch.setattr(torch.optim.AdamW, "step", handed_over)
     for number in range(500):
         weight.grad = (1.5 + torch.sin(torch.arange(1000.0) + number)).to(dtype)
@@ -1033,12 +920,6 @@ def test_the_optimizer_is_torchs_adamw_on_fp32_masters(monkeypatch, dtype):
     assert size == 14 or dtype is torch.float32
 
 
-def test_learning_rate_warms_up_and_decays_to_zero():
-    rates = [dipr1.learning_rate(step, 10, 2.0, 4) for step in range(11)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4:] == sorted(rates[4:])[::-1] and rates[10] == 0
-    assert dipr1.learning_rate(0, 3, 2.0, 10) > 0, "a run shorter than its warm-up learns as well"
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation: every figure against a slow, independent way of computing it
 
@@ -1048,7 +929,6 @@ def random_detections(rng, n=200):
     def some(k, size):
         corner = rng.uniform(0, 80, (k, 2))
         return np.hstack([corner, corner + rng.uniform(5, size, (k, 2))])
-
     images = []
     for _ in range(n):
         truth, ignore = some(rng.integers(0, 6), 40), some(rng.integers(0, 3), 50)
@@ -1079,21 +959,9 @@ def slow_iou(a, b, of_first=False):
     return inner / (area_a if of_first else area_a + area_b - inner)
 
 
-def slow_counts(pred, truth, ignore, good):
-    """Pairs of largest total IoU by trying every assignment -> (pairs, predictions and truths that count)."""
-    @functools.cache
-    def best(t, used):
-        if t == len(truth):
-            return 0.0, ()
-        options = [best(t + 1, used)]
-        for p in range(len(pred)):
-            iou = slow_iou(pred[p], truth[t])
-            if not used >> p & 1 and good(iou):
-                total, pairs = best(t + 1, used | 1 << p)
-                options.append((total + iou, ((p, t), *pairs)))
-        return max(options)
-
-    pairs = best(0, 0)[1]
+def slow_counts(pred, truth, ignore, threshold):
+    """-> (pairs of `match_boxes`, which has a test of its own, predictions and truths that count)."""
+    pairs = list(zip(*dipr1.match_boxes(pred, truth, threshold)[:2]))
     excused = lambda box: any(slow_iou(box, region, of_first=True) > 0.5 for region in ignore)
     counting = [sum(k in [pair[side] for pair in pairs] or not excused(box) for k, box in enumerate(boxes))
                 for side, boxes in enumerate((pred, truth))]
@@ -1105,12 +973,12 @@ def slow_figures(images):
     tp = n_pred = n_truth = 0
     jaccard, errors, hidden_found, mean = [], [], [], lambda values: sum(values) / len(values)
     for pred, truth, ignore in images:
-        pairs, counted, _ = slow_counts(pred, truth, ignore, lambda iou: iou >= 0.5)
+        pairs, counted, _ = slow_counts(pred, truth, ignore, 0.5)
         tp, n_pred, n_truth = tp + len(pairs), n_pred + counted, n_truth + len(truth)
         errors.append(abs(counted - len(truth)))
         hidden = [sum(slow_iou(a, b) > 0.2 for b in truth) > 1 for a in truth]  # by more than itself
         hidden_found += [t in {t for _, t in pairs} for t, is_hidden in enumerate(hidden) if is_hidden]
-        pairs, m, n = slow_counts(pred, truth, ignore, lambda iou: iou > 0.5)
+        pairs, m, n = slow_counts(pred, truth, ignore, np.nextafter(0.5, 1))
         jaccard += [len(pairs) / (m + n - len(pairs))] if m + n else []
     p, r = tp / n_pred, tp / n_truth
     return {"precision": p, "recall": r, "f1": 2 * p * r / (p + r), "jaccard": mean(jaccard),
@@ -1124,7 +992,7 @@ def slow_average_precision(images, threshold):
     hits, n_truth = [], sum(len(truth) for _, truth, _ in images)
     for pred, truth, ignore in images:
         taken = set()
-        for box in pred:
+        for box in pred[:100]:
             overlaps = [(slow_iou(box, t), k) for k, t in enumerate(truth) if k not in taken]
             iou, k = max(overlaps, default=(0, None))
             if iou >= threshold:
@@ -1136,7 +1004,7 @@ def slow_average_precision(images, threshold):
     return sum(max((p for r, p in points if r >= level), default=0) for level in np.linspace(0, 1, 101)) / 101
 
 
-def test_every_figure_equals_its_definition_on_200_images():
+def test_every_figure_equals_its_definition_on_200_images_and_the_jaccard_index_is_crowdhumans():
     images = random_detections(np.random.default_rng(0))
     figures, slow = scored(images), slow_figures(images)
     slow |= {"ap50": slow_average_precision(images, 0.5), "ap70": slow_average_precision(images, 0.7),
@@ -1144,6 +1012,16 @@ def test_every_figure_equals_its_definition_on_200_images():
     assert figures == pytest.approx(slow, abs=1e-9) and min(slow.values()) > 0.1, "0 tests nothing"
     nothing = scored([(boxes(), boxes(), boxes())])
     assert set(nothing) == set(slow) and set(nothing.values()) == {0}
+    images[0] = (np.vstack([images[0][0]] * 90), *images[0][1:])  # more than the 100 that COCO looks at
+    assert scored(images)["ap50"] == pytest.approx(slow_average_precision(images, 0.5), abs=1e-9)
+    # Pairs above .5; leftovers of both sides in an ignore region, and images with no box, do not count.
+    jaccard = lambda *images: scored([tuple(boxes(*rows) for rows in image) for image in images])["jaccard"]
+    pred, truth = [[0, 0, 10, 10], [50, 50, 60, 60], [80, 0, 90, 10]], [[0, 0, 10, 10], [50, 50, 60, 70]]
+    region = [[40, 40, 70, 70]]
+    assert jaccard((pred, truth, [])) == 1 / 4  # the second IoU is .5 exactly
+    assert jaccard((pred, truth, region), ([], [], []), ([[1, 1, 2, 2]], [], [[0, 0, 9, 9]])) == 1 / 2
+    # Two pairs of exactly .5 add up to more than the one of .9, which alone is above .5.
+    assert jaccard(([[0, 0, 90, 9], [50, 0, 100, 9]], [[0, 0, 45, 9], [0, 0, 100, 9]], [])) == 1 / 3
 
 
 def test_labelled_boxes_count_as_if_each_class_were_an_image_of_its_own():
@@ -1187,39 +1065,27 @@ def test_average_precision_equals_pycocotools(classes):
     assert [figures["ap"], figures["ap50"]] == pytest.approx(evaluation.stats[:2].tolist(), abs=1e-9)
 
 
-@pytest.mark.skipif(not (REAL / "coco100").exists(), reason="needs the real annotation files")
+@needs_real
 def test_a_real_coco_file_has_the_map_that_the_toolkit_gives_with_equal_scores(tmp_path):
     """80 categories, through the converter; pictures are blank, answers come in order of their score."""
     path, found = REAL / "coco100/instances_val2014_100.json", {}
     data = json.loads(path.read_text())
     for image in data["images"]:
         Image.new("1", (image["width"], image["height"])).save(tmp_path / image["file_name"], "PNG")
-    data_prep.main(["coco", str(tmp_path), "--split", "val", "--annotations", str(path), "--category", "all",
-                    "--out", str(tmp_path / "val.jsonl"), "--no_verify"])
-    names = {category["id"]: category["name"] for category in data["categories"]}
-    files = {image["id"]: image["file_name"] for image in data["images"]}
+    convert("coco --split val --category all --no_verify --annotations", tmp_path, path, out=tmp_path / "val")
+    names, files = ({entry["id"]: entry[name] for entry in data[kind]}
+                    for kind, name in (("categories", "name"), ("images", "file_name")))
     entries = json.loads((REAL / "coco100/instances_val2014_fakebbox100_results.json").read_text())
     for entry in sorted(entries, key=lambda entry: -entry["score"]):
-        name = files[entry["image_id"]]
+        name, (x, y, w, h) = files[entry["image_id"]], entry["bbox"]
         line = found.setdefault(name, {"image": name, "boxes": [], "labels": []})
-        x, y, w, h = entry["bbox"]
         line["boxes"].append([x, y, x + w, y + h])
         line["labels"].append(names[entry["category_id"]])
-    records = dipr1.load_records(tmp_path / "val.jsonl")
-    predictions = dipr1.load_predictions(write_lines(tmp_path / "found.jsonl", found.values()), records)
+    assert totals(tmp_path / "val") == (100, 830, 9)
+    records = dipr1.load_records(tmp_path / "val")
+    predictions = dipr1.load_predictions(write(tmp_path / "found.jsonl", *found.values()), records)
     assert round(dipr1.evaluate_predictions(records, predictions)["ap"], 4) == 0.5145
-
-
-def test_the_jaccard_index_is_crowdhumans():
-    """Pairs above .5; leftovers of both sides in an ignore region, and images with no box, do not count."""
-    jaccard = lambda *images: scored([tuple(boxes(*rows) for rows in image) for image in images])["jaccard"]
-    pred, truth = [[0, 0, 10, 10], [50, 50, 60, 60], [80, 0, 90, 10]], [[0, 0, 10, 10], [50, 50, 60, 70]]
-    region = [[40, 40, 70, 70]]
-    assert jaccard((pred, truth, [])) == 1 / 4  # the second IoU is .5 exactly
-    assert jaccard((pred, truth, region), ([], [], []), ([[1, 1, 2, 2]], [], [[0, 0, 9, 9]])) == 1 / 2
-    assert jaccard(([], truth, []), (truth, [], [])) == 0
-    # Two pairs of exactly .5 add up to more than the one of .9, which alone is above .5.
-    assert jaccard(([[0, 0, 90, 9], [50, 0, 100, 9]], [[0, 0, 45, 9], [0, 0, 100, 9]], [])) == 1 / 3
+    assert records[0]["target"].split(", ") == list(names.values())
 
 
 def evaluation_of(folder, *flags):
@@ -1231,11 +1097,10 @@ def evaluation_of(folder, *flags):
 def test_sft_learns_by_heart_and_evaluation_and_its_predictions_file_agree_on_it(tiny, tmp_path, capsys):
     """And an image that cannot be opened counts as unanswered, in every figure, while the others go on."""
     policy, encoder, prompts = load(tiny)
-    (tmp_path / "cut.png").write_bytes((tiny[1].parent / "1.png").read_bytes()[:-400])
-    lines = [json.loads(line) for line in tiny[1].read_text().splitlines()]
-    lines = [line | {"image": os.path.relpath(tiny[1].parent / line["image"], tmp_path)} for line in lines]
+    lines = read_lines(tiny[1])
+    write(tmp_path / "cut.png", Path(lines[1]["image"]).read_bytes()[:-400])
     lines[1]["image"] = "cut.png"
-    records = dipr1.load_records(write_lines(tmp_path / "d.jsonl", lines))
+    records = dipr1.load_records(write(tmp_path / "d.jsonl", *lines))
     cfg = step_config(max_new_tokens=80, samples=3, tokens_per_forward=2000)
     optimizer, greedy = dipr1.make_optimizer(policy), dataclasses.replace(cfg, samples=0)
     assert dipr1.evaluate(policy, encoder, records, greedy, tmp_path)["recall"] == 0
@@ -1248,7 +1113,7 @@ def test_sft_learns_by_heart_and_evaluation_and_its_predictions_file_agree_on_it
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000000.png", "000002.png"}
     assert figures["recall"] == 6 / 7 and figures["precision"] == 1 and figures["format_rate"] == 5 / 6
     written = tmp_path / "predictions.jsonl"
-    samples = [json.loads(line)["samples"] for line in open(written) if "samples" in line]
+    samples = [line["samples"] for line in read_lines(written) if "samples" in line]
     rates = np.mean([sample["rewards"] for sample in itertools.chain(*samples)], axis=0).tolist()
     assert len(samples) == 5 and figures["sampled_f1"] > 0.5 and figures["look_reward"] >= 0
     assert rates == [figures["sampled_" + x] for x in ("format_rate", "look_reward", "accuracy_reward")]
@@ -1259,22 +1124,21 @@ def test_sft_learns_by_heart_and_evaluation_and_its_predictions_file_agree_on_it
 
 
 def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, capsys):
-    """In any order. Where a line is wrong, the error names file, line and value."""
+    """In any order, with any boxes. Where a line is wrong, the error names file, line and value."""
     data = [line_of(image=f"{n}.png", target="car", boxes=[[n, 1, 20, 20], [30, 30, 40, 40]])
             for n in range(4)]
     data.append(data[3] | {"target": "person", "boxes": [[1, 2, 30, 40]]})
-    write_lines(tmp_path / "d.jsonl", data)
+    write(tmp_path / "d.jsonl", *data)
     lines = [{"image": line["image"], "boxes": line["boxes"]} for line in data[:3]]
     lines += [{name: line[name] for name in ("image", "target", "boxes")} for line in data[:2:-1]]
-
-    def score(entries):
-        path = write_lines(tmp_path / "p.jsonl", entries)
+    one_box = {"image": "0.png", "boxes": [[9, 9, -5, 1]]}
+    def score(*entries):
+        path = write(tmp_path / "p.jsonl", *entries)
         return evaluation_of(tmp_path, "--predictions", path, "--data", tmp_path / "d.jsonl")
-
-    figures = score(lines)
+    figures = score(*lines)
     assert figures["f1"] == figures["jaccard"] == 1 and not {"format_rate", "sampled_f1"} & set(figures)
-    assert score(lines[1:])["recall"] == 7 / 9 and "no prediction for 1 of 5" in capsys.readouterr().out
-    one_box = {"image": "0.png", "boxes": [[1, 2, 3, 4]]}
+    assert score(*lines[1:])["recall"] == 7 / 9 and "no prediction for 1 of 5" in capsys.readouterr().out
+    assert score(one_box, *lines[1:])["precision"] == 7 / 8
     for line, said in (
             (lines[1], "1.png comes too often"), (one_box | {"image": "x.png"}, "x.png is not in the data"),
             (one_box | {"target": "dog"}, "0.png"), (one_box | {"image": "3.png"}, "name the target"),
@@ -1283,26 +1147,17 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
             ({"image": []}, ""), (one_box | {"samples": [{"boxes": [[1]]}]}, "boxes, row 1"),
             (one_box | {"labels": ["a", "b"]}, "2 labels for 1 boxes")):
         with pytest.raises(SystemExit, match=f"p.jsonl, line {1 + (line is lines[1])}: .*{said}"):
-            score([line, *lines[1:]])
+            score(line, *lines[1:])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Perception-R1 through the same loop
-
-
-@pytest.fixture(scope="session")
-def four_tasks(tmp_path_factory):
-    """One file with a few drawn scenes of each task."""
-    folder, lines = tmp_path_factory.mktemp("tasks"), []
+def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
+    lines = []
     for task in ("detection", "grounding", "counting", "ocr"):
-        data_prep.synthetic(folder / task, 5, seed=0, task=task)
-        drawn = map(json.loads, open(folder / task / "train.jsonl"))
+        data_prep.synthetic(tmp_path / task, 5, seed=0, task=task)
+        drawn = read_lines(tmp_path / task / "train.jsonl")
         lines += [line | {"image": f"{task}/{line['image']}"} for line in drawn]
     lines[0]["labels"] = ["person"] * len(lines[0]["boxes"])
-    return write_lines(folder / "all.jsonl", lines)
-
-
-def test_mixed_tasks_train_and_are_evaluated_together(tiny, four_tasks, tmp_path):
+    four_tasks = write(tmp_path / "all.jsonl", *lines)
     flags = ["--method", "perception-r1", "--data", four_tasks, "--max_new_tokens", 16, "--group_size", 3]
     main(*flags, "--model", tiny[0], "--output_dir", tmp_path, "--sft_steps", 2, "--sft_batch", 4,
          "--steps", 2, "--prompts_per_step", 4, "--picture_every", 1)
@@ -1318,6 +1173,14 @@ def test_mixed_tasks_train_and_are_evaluated_together(tiny, four_tasks, tmp_path
     assert again | {"source": 0} == figures | {"source": 0}
     with pytest.raises(SystemExit, match="line 5: .*'grounding' does not go with --method dip-r1"):
         dipr1.load_records(four_tasks)
+    # A count without points is evaluated by its number, and not trained on.
+    line = next(line for line in read_lines(four_tasks) if line["task"] == "counting")
+    line["count"] = len(line.pop("points"))
+    flags += ["--data", write(tmp_path / "d.jsonl", line), "--model", tiny[0]]
+    figures = evaluation_of(tmp_path / "count", *flags, "--eval", "--samples", 2)
+    assert {"exact_count", "count_mae", "format_rate"} <= set(figures) and "accuracy_reward" not in figures
+    with pytest.raises(SystemExit, match="without points: they can be evaluated, not trained on"):
+        main(*flags, "--output_dir", tmp_path / "run")
 
 
 def test_figures_of_the_other_tasks_by_hand(tmp_path):
@@ -1326,11 +1189,10 @@ def test_figures_of_the_other_tasks_by_hand(tmp_path):
         field = dipr1.TASKS["perception-r1", task].truth
         lines = [line_of(image=f"{n}.png", task=task, **({"count": t} if type(t) is int else {field: t}))
                  for n, (_, t) in enumerate(pairs)]
-        records = dipr1.load_records(write_lines(tmp_path / "d.jsonl", lines), "perception-r1")
+        records = dipr1.load_records(write(tmp_path / "d.jsonl", *lines), "perception-r1")
         answers = [{"image": f"{n}.png", field: answer} for n, (answer, _) in enumerate(pairs)]
-        predictions = dipr1.load_predictions(write_lines(tmp_path / "p.jsonl", answers), records)
+        predictions = dipr1.load_predictions(write(tmp_path / "p.jsonl", *answers), records)
         return dipr1.evaluate_predictions(records, predictions)
-
     box, points = [[0, 0, 10, 10]], lambda n: [[k, k] for k in range(n)]
     assert figures("grounding", (box, box), ([[0, 0, 10, 6]], box), ([], box), ([[0, 0, 10, 8]], box)) == {
         "acc_0.5": 0.75, "acc_0.75": 0.5, "acc_0.95": 0.25, "mean_iou": pytest.approx(0.6)}
@@ -1338,17 +1200,6 @@ def test_figures_of_the_other_tasks_by_hand(tmp_path):
         "exact_count": 0.5, "count_mae": 0.75}
     assert figures("ocr", ("the cat", "the cat"), ("the the", "the dog"), ("", "x")) == pytest.approx({
         "word_f1": 2 * 3 / (4 + 2 + 2 + 0 + 1), "edit_distance": (0 + 3 / 7 + 1) / 3})
-
-
-def test_a_count_without_points_is_evaluated_by_its_number_and_not_trained_on(tiny, four_tasks, tmp_path):
-    line = next(line for line in map(json.loads, open(four_tasks)) if line["task"] == "counting")
-    line |= {"image": str(four_tasks.parent / line["image"]), "count": len(line.pop("points"))}
-    data = write_lines(tmp_path / "d.jsonl", [line])
-    flags = ["--method", "perception-r1", "--data", data, "--model", tiny[0]]
-    figures = evaluation_of(tmp_path / "eval", *flags, "--eval", "--samples", 2, "--max_new_tokens", 9)
-    assert {"exact_count", "count_mae", "format_rate"} <= set(figures) and "accuracy_reward" not in figures
-    with pytest.raises(SystemExit, match="without points: they can be evaluated, not trained on"):
-        main(*flags, "--output_dir", tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1381,14 +1232,14 @@ def training(tiny, folder, *more):
 
 def lines_of(folder):
     """metrics.jsonl without what a clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
 def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_evaluate(tiny, tmp_path):
     flags = ["--steps", 2, "--picture_every", 1, "--save_every", 0]
     run(*TORCHRUN, "dipr1.py", *training(tiny, tmp_path, *flags))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "metrics.jsonl")
     assert [(x["phase"], x["step"]) for x in lines] == [("sft", 0), ("sft", 1), ("grpo", 0), ("grpo", 1)]
     assert all(math.isfinite(value) for line in lines for name, value in line.items() if name != "phase")
     readme = (HERE / "README.md").read_text()
@@ -1399,7 +1250,6 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
     Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
     assert "tree" not in (checkpoint / "config.json").read_text(), "others know no tree attention"
     assert all(torch.load(checkpoint / f"optimizer-{n}.pt", weights_only=True)["masters"] for n in (0, 1))
-
     flags = ["--eval", "--model", checkpoint, "--data", tiny[1], "--max_new_tokens", 12, "--samples", 2]
     figures = evaluation_of(tmp_path / "one", *flags)
     shown = run(*TORCHRUN, "dipr1.py", *flags, "--output_dir", tmp_path / "two")
@@ -1430,56 +1280,44 @@ def test_the_demo_end_to_end_in_small(tmp_path, launcher):
     assert len(lines_of(tmp_path)) == 3 and list((tmp_path / "pictures").iterdir())
 
 
-def refused(said, flags, out):
-    """The start fails with one line, and leaves nothing that the next start would stumble over."""
-    with pytest.raises(SystemExit, match=said) as error:
-        main(*flags)
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code and not Path(out).exists()
-
-
-def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_written(tiny, tmp_path):
+def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_written(tiny, tmp_path, capsys):
     out, flags = tmp_path / "out", training(tiny, tmp_path / "out")
+    def refused(said, *more):
+        with pytest.raises(SystemExit, match=said) as error:
+            main(*flags, *more)
+        assert isinstance(error.value.code, str) and "\n" not in error.value.code and not out.exists()
     message = run("dipr1.py", *flags, "--data", tmp_path / "no.jsonl", expect=1)
     assert "data_prep.py crowdhuman" in message and "--demo" in message and "Traceback" not in message
-    for more, said in ((["--group_size", 1], "--group_size 1.* at least 2"), (["--lr", "nan"], "--lr nan"),
-                       (["--temperature", 0], "--temperature 0.* at least"),
-                       (["--max_new_tokens", 0], "--max_new_tokens 0.* at least 1"),
-                       (["--prompts_per_step", 0], "--prompts_per_step 0.* at least 1"),
-                       (["--steps", 0, "--sft_steps", 0], "--steps 0 and --sft_steps 0 train nothing")):
-        refused(said, [*flags, *more], out)
-    (tmp_path / "d.jsonl").write_text(tiny[1].read_text())
-    refused("6 of 6 images are not there, the first is .*0", [*flags, "--data", tmp_path / "d.jsonl"], out)
-
-
-def test_a_model_that_cannot_be_loaded_whole_is_an_error_in_a_line(tiny, tmp_path):
+    for flag, value, why in (("group_size", 1, "at least 2"), ("temperature", 0, "at le"), ("lr", "nan", ""),
+                             ("max_new_tokens", 0, "at least 1"), ("prompts_per_step", 0, "at least 1")):
+        refused(f"--{flag} {value}.*{why}", f"--{flag}", value)
+    refused("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
+    lost = write(tmp_path / "d.jsonl", *(line_of(image=f"{number}.png") for number in range(6)))
+    refused("6 of 6 images are not there, the first is .*0", "--data", lost)
     config, file = (tiny[0] / "config.json").read_text(), tiny[0] / "model.safetensors"
-    weights, out = load_file(file), tmp_path / "out"
+    weights = load_file(file)
     for number, (said, name, content) in enumerate([
             ("lacks 1 w", file.name, save({n: w for n, w in weights.items() if "s.1.self_attn.o" not in n})),
             ("it lacks ", file.name, save({f"policy.{n}": w for n, w in weights.items()})),
             ("", file.name, file.read_bytes()[:-9]), ("", "config.json", b"{}"), ("", "tokenizer.json", b""),
-            ("it is a qwen2_vl", "config.json", config.replace('"qwen2_5_vl"', '"qwen2_vl"').encode())]):
+            ("it is a qwen2_vl", "config.json", config.replace('"qwen2_5_vl"', '"qwen2_vl"'))]):
         shutil.copytree(tiny[0], model := tmp_path / str(number))
-        (model / name).write_bytes(content)
-        refused(f"cannot load --model {model}: .*{said}.*", training(tiny, out, "--model", model), out)
-
-
-def test_a_run_that_failed_before_its_first_step_can_be_started_again(tiny, tmp_path, capsys):
-    """Here the lines say another size than the images have. --steps 0 ends with a checkpoint, too, and it is
-    said how many images' truth does not fit into a completion."""
-    lines = [json.loads(line) for line in tiny[1].read_text().splitlines()]
-    lines = [line | {"image": str(tiny[1].parent / line["image"])} for line in lines]
-    data = write_lines(tmp_path / "d.jsonl", [line | {"width": 500} for line in lines])
-    flags = training(tiny, tmp_path / "out", "--sft_steps", 3, "--steps", 0, "--data", data)
+        write(model / name, content)
+        refused(f"cannot load --model {model}: .*{said}.*", "--model", model)
+    # That images have another size than their lines say is found later, and it can be started again.
+    lines = read_lines(tiny[1])
+    data = write(tmp_path / "d.jsonl", *(line | {"width": 500} for line in lines))
+    flags += ["--sft_steps", "3", "--steps", "0", "--data", str(data)]
     with pytest.raises(SystemExit, match=r".png is \(.*its line in the data says \(500"):
         main(*flags)
-    write_lines(data, lines)
+    write(data, *lines)
     capsys.readouterr()
-    longest = max(len(encoder.target(prompt)) for _, encoder, prompts in [load(tiny)] for prompt in prompts)
+    _, encoder, prompts = load(tiny)
+    longest = max(len(encoder.target(prompt)) for prompt in prompts)
     main(*flags, "--max_new_tokens", longest - 1)
-    assert (tmp_path / "out/checkpoint-000003").exists()
     said = capsys.readouterr().out
-    assert f"--max_new_tokens {longest - 1}" in said and "1 of 6 images" in said
+    assert f"--max_new_tokens {longest - 1}" in said and "1 of 6 images" in said, "that do not fit"
+    assert (out / "checkpoint-000003").exists(), "--steps 0 ends with a checkpoint, too"
     with pytest.raises(SystemExit, match="holds a run already: --resume it"):
         main(*flags)
 
@@ -1529,7 +1367,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_interrupted(taught, 
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_a_checkpoint_cut_anywhere_is_recognised_and_the_one_before_used(taught, finished, tmp_path, capsys):
+def test_a_cut_checkpoint_is_recognised_and_another_run_is_refused(taught, finished, tmp_path, capsys):
     last, rng = until(6, finished, tmp_path / "run") / "checkpoint-000006", np.random.default_rng(0)
     assert dipr1.complete(last)["step"] == 6
     for path in rng.choice(sorted(last.iterdir()), 20):
@@ -1541,35 +1379,24 @@ def test_a_checkpoint_cut_anywhere_is_recognised_and_the_one_before_used(taught,
     found = dipr1.find_checkpoint(dipr1.parse_flags(training(taught, tmp_path / "run", "--resume")))
     assert found == (tmp_path / "run/checkpoint-000005", 5)
     assert "checkpoint-000006 is not complete" in capsys.readouterr().out
-
-
-def test_resuming_another_run_is_refused_with_the_reason(taught, finished, tmp_path):
-    def refuses(said, *more, processes=1):
+    content = taught[1].read_bytes()
+    for said, processes, *more in (
+            ("its lr was 0.001 and is 0.0001", 1, "--lr", "1e-4"), ("its seed was 0 and", 1, "--seed", "1"),
+            ("its data was .*train", 1, "--data", write(tmp_path / "d.jsonl", content)),
+            ("its processes was 1 and is 2", 2), ("its data_sha256 was", 1)):
         cfg = dipr1.parse_flags(training(taught, finished, "--resume", *more))
+        write(taught[1], content + b"\n" * ("sha256" in said))
         with replaced(rank_and_world=lambda: (0, processes)), pytest.raises(SystemExit, match=said):
             dipr1.find_checkpoint(cfg)
-
-    content = taught[1].read_bytes()
-    (tmp_path / "d.jsonl").write_bytes(content)
-    refuses("its lr was 0.001 and is 0.0001", "--lr", "1e-4")
-    refuses("its seed was 0 and is 1", "--seed", "1")
-    refuses("its data was .*train.jsonl", "--data", tmp_path / "d.jsonl")
-    refuses("its processes was 1 and is 2", processes=2)
-    try:
-        taught[1].write_bytes(content + b"\n")
-        refuses("its data_sha256 was")
-    finally:
-        taught[1].write_bytes(content)
+        write(taught[1], content)
 
 
 def test_sigterm_finishes_the_step_and_writes_a_checkpoint_old_ones_go(taught, finished, tmp_path, capsys):
     step = dipr1.grpo_step
-
     def terminated(*args):
         if args[-2] == 0:  # the step
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
-
     with replaced(grpo_step=terminated), pytest.raises(SystemExit) as stop:
         main(*training(taught, tmp_path, "--save_every", 100))
     assert stop.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM" in capsys.readouterr().out
@@ -1675,11 +1502,10 @@ def test_packed_scoring_in_bf16_is_as_exact_as_the_naive_way(tiny):
 def test_the_captured_decode_step_samples_the_tokens_of_the_eager_one(tiny, recwarn):
     policy, encoder, prompts = load(tiny)
     prompts = [prompt.to("cuda") for prompt in prompts]
-    uniforms = torch.stack([dipr1.draw_uniforms(0, 0, prompt.index, (4, 60)) for prompt in prompts])
-    captured = dipr1.rollout(policy, encoder, prompts, 60, uniforms)
+    captured = sampled(policy, encoder, prompts, 4, 60)
     assert not [warning for warning in recwarn if "CUDA graph" in str(warning.message)]
     with replaced(captured=lambda step, *inputs: step):
-        eager = dipr1.rollout(policy, encoder, prompts, 60, uniforms)
+        eager = sampled(policy, encoder, prompts, 4, 60)
     for a, b in zip(captured, eager):
         assert [o.tolist() for o in a.completions] == [o.tolist() for o in b.completions]
         assert torch.allclose(a.rollout_logp, b.rollout_logp, atol=1e-5)
@@ -1708,20 +1534,18 @@ def test_a_step_at_3b_fits_80_gb():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# data_prep.py: every data set laid out as it ships, with pictures that we make
+# data_prep.py: images, scenes, and every data set laid out as it ships, with pictures that we make
 
-needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the real annotation files")
-
-
-def write(path, *content):
-    """Bytes or text as they are, anything else as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = [part if isinstance(part, (bytes, str)) else json.dumps(part) for part in content]
-    path.write_bytes(b"\n".join(part if isinstance(part, bytes) else part.encode() for part in texts))
-    return path
+ODGT, WIDER18, WIDER19, COCO = ("annotation_val.odgt", "val_annotations.txt", "Annotations/val_bbox.txt",
+                                "annotations/instances_val2017.json")
+GREY = np.array([[0.0, 0.5, 1.0]])
+INK = Image.fromarray(np.array([[[0, 0, 0, 255], [0, 0, 0, 0]]], np.uint8))  # on a transparent ground
+SIX_AS_TEXT = b"II*\0\x08\0\0\0" + struct.pack("<HHHI4s", 1, 0x0112, 2, 2, b"6\0\0\0") + bytes(4)
+BOMB = b"IHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)  # a header that claims 30 GB
+BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + BOMB + struct.pack(">I", zlib.crc32(BOMB))
 
 
-def make_images(paths, size=(100, 80)):
+def make_images(paths, size=IMAGE):
     """Images of this size at all paths, hard links to the first: hundreds cost no more than one."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1731,12 +1555,6 @@ def make_images(paths, size=(100, 80)):
             path.hardlink_to(paths[0])
 
 
-def turned_image(path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (100, 80)).save(path, exif=exif)
-
-
 def convert(command, root, *more, out=None):
     """Run the command line -> the records that it wrote."""
     (source, *flags), out = command.split(), out or Path(root).parent / "out.jsonl"
@@ -1744,65 +1562,21 @@ def convert(command, root, *more, out=None):
     return data_prep.read_jsonl(out, dict)
 
 
-IMAGE = (100, 80)  # width, height
-
-
-@pytest.mark.parametrize("rows, k, size, expected", [
-    ([[1, 2, 3]], 4, (), r"boxes, row 1: \[1, 2, 3\] is not 4 finite numbers"), ([{"x": 1}], 2, (), "finite"),
-    ([[1, 2, 3, 4], [1, 2, 3, 4, 0.9]], 4, (), "row 2: .* not 4"), ([[1, 2, 3, True]], 4, (), "finite"),
-    ([[1, 2, 3, float("nan")]], 4, (), "finite"), ([[1, 2, 3, 10**400]], 4, (), "finite"),
-    ([[1, 2, 3, "4"]], 4, (), "finite"), ([1, 2], 2, (), "finite"), ("1234", 4, (), "list of rows"),
-    ([[3, 2, 3, 4]], 4, IMAGE, "x1 < x2"), ([[3, 9, 8, 4]], 4, IMAGE, "y1 < y2"),
-    ([[100, 9, 100.5, 14]], 4, IMAGE, "x1 < x2"), ([[1, 2, 102, 4]], 4, IMAGE, "outside the 100 x 80"),
-    ([[-2, 2, 9, 4]], 4, IMAGE, "outside"), ([[50, 81.5]], 2, IMAGE, "outside"),
-    ([[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]], 4, IMAGE, "between 0 and 1"), ([[0.5, 0.2]], 2, IMAGE, "between 0"),
-    ([], 4, IMAGE, []), ([[-0.5, 2, 101, 4]], 4, IMAGE, [[0, 2, 100, 4]]), ([[9, 9, -5, 1]], 4, (), None),
-    (((100.5, 3),), 2, IMAGE, [[100, 3]]), ([[0, 0, 1, 1]], 4, IMAGE, None),
-])
-def test_rows_are_refused_by_name_number_and_value_or_accepted(rows, k, size, expected):
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            data_prep.check_rows("boxes", rows, k, *size)
-    else:
-        checked = data_prep.check_rows("boxes", rows, k, *size)
-        assert np.array_equal(checked, np.reshape(expected or rows, (-1, k)))
-
-
-@pytest.mark.parametrize("line, said", [
-    (b'{"b": 1}', "no 'a'"), (b"{", "Expecting"), (b"3", "object is expected, not 3"), (b"[1]", "object"),
-    (b'{"a": "x"}', "'x'"), (b'{"a": null}', "TypeError"), (b'{"a": ' + b"[" * 100_000, "RecursionError"),
-    (b'{"a": "\xff"}', "utf-8"), (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
-])
-def test_lines_end_at_line_feeds_and_a_bad_one_is_named_with_its_reason(tmp_path, line, said):
-    raw = '\ufeff{"a": "x\u2028y\u0085z"}\r\n\n \n{"a": 2}'
-    assert data_prep.read_jsonl(write(tmp_path / "l", raw), lambda x: x["a"]) == ["x\u2028y\u0085z", 2]
-    with pytest.raises(SystemExit, match=rf"l.jsonl, line 3: .*{said}"):
-        data_prep.read_jsonl(write(tmp_path / "l.jsonl", b'{"a": 1}\n', line), lambda x: float(x["a"]))
-    with pytest.raises(SystemExit, match="gone: No such file"):
-        data_prep.read_jsonl(tmp_path / "gone", dict)
-
-
-CORNER = np.zeros((80, 100, 3), np.uint8)
-CORNER[:40, :50] = 255  # white in the top left, when upright
-SIX_AS_TEXT = b"II*\0\x08\0\0\0" + struct.pack("<HHHI4s", 1, 0x0112, 2, 2, b"6\0\0\0") + bytes(4)
-
-
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff"])
-def test_images_are_upright_and_odd_orientations_do_no_harm(tmp_path, kind):
-    path = tmp_path / f"a.{kind}"
-    for value in [*range(10), 65000] + [b"II*\0\xff\xff", SIX_AS_TEXT] * (kind != "tiff"):
+def test_images_are_upright_odd_orientations_do_no_harm_and_headers_give_the_size(tmp_path, kind):
+    path, corner = tmp_path / f"a.{kind}", np.zeros((80, 100, 3), np.uint8)
+    corner[:40, :50] = 255  # white in the top left, when upright
+    for value in [None, *range(10), 65000] + [b"II*\0\xff\xff", SIX_AS_TEXT] * (kind != "tiff"):
         undo, exif = {6: 8, 8: 6}.get(value, value), Image.Exif()  # the orientation that undoes this one
-        stored = Image.fromarray(CORNER)
+        stored = Image.fromarray(corner)
         stored = stored.transpose(data_prep.TURNS[undo]) if undo in data_prep.TURNS else stored
-        exif[0x0112] = value
+        exif.update({} if value is None else {0x0112: value})
         stored.save(path, exif=value if isinstance(value, bytes) else exif)
+        with mock.patch.object(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("decoded")):
+            assert data_prep.image_size(path, no_verify=True) == IMAGE
         image = data_prep.open_image(path)
-        assert image.size == data_prep.image_size(path, no_verify=True) == IMAGE and image.mode == "RGB"
+        assert image.size == IMAGE and image.mode == "RGB"
         assert np.abs(np.asarray(image).astype(int)[[20, 60], [20, 80], 0] - [255, 0]).max() < 10
-
-
-GREY = np.array([[0.0, 0.5, 1.0]])
-INK = Image.fromarray(np.array([[[0, 0, 0, 255], [0, 0, 0, 0]]], np.uint8))  # on a transparent ground
 
 
 @pytest.mark.parametrize("name, image, expected", [
@@ -1817,10 +1591,6 @@ def test_every_depth_and_transparency_becomes_8_bit_rgb(tmp_path, name, image, e
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(tmp_path / name)
     opened = np.asarray(data_prep.open_image(tmp_path / name))
     assert opened.shape[2] == 3 and np.abs(opened[0].astype(int).mean(axis=1) - expected).max() <= 1
-
-
-BOMB = b"IHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)  # a header that claims 30 GB
-BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + BOMB + struct.pack(">I", zlib.crc32(BOMB))
 
 
 def test_what_cannot_be_opened_is_an_oserror_with_a_reason(tmp_path):
@@ -1839,26 +1609,12 @@ def test_what_cannot_be_opened_is_an_oserror_with_a_reason(tmp_path):
             assert "ratio above 200" in str(measured) if 2010 in size else measured == size
 
 
-def test_headers_alone_suffice_for_the_size_also_of_png(tmp_path, monkeypatch):
-    decoded = []
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: decoded.append(image))
-    turned_image(tmp_path / "a.png")
-    assert data_prep.image_size(tmp_path / "a.png", no_verify=True) == (80, 100) and not decoded
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Scenes and the tiny checkpoint
-
-
-def scenes(folder):
-    return [r for name in ("train", "val") for r in data_prep.read_jsonl(folder / f"{name}.jsonl", dict)]
-
-
-def test_scenes_repeat_from_their_seed_and_crowds_are_what_they_say(tmp_path):
+def test_scenes_repeat_from_their_seed_and_are_what_they_say(tmp_path):
     records, pixels = {}, {}
     for name, crowd in {"a": "sparse", "b": "sparse", "dense": "dense", "night": "night"}.items():
         data_prep.synthetic(tmp_path / name, 30, seed=4, crowd=crowd)
-        records[name] = scenes(tmp_path / name)
+        records[name] = [record for part in ("train.jsonl", "val.jsonl")
+                         for record in read_lines(tmp_path / name / part)]
         pixels[name] = [np.asarray(data_prep.open_image(tmp_path / name / r["image"])) for r in records[name]]
     assert records["a"] == records["b"] and len(pixels["a"]) == 30
     assert np.array_equal(pixels["a"], pixels["b"])
@@ -1874,14 +1630,11 @@ def test_scenes_repeat_from_their_seed_and_crowds_are_what_they_say(tmp_path):
     pairs = [itertools.combinations(record["boxes"], 2) for record in records["a"]]
     occluded = [any(data_prep.iou(a, b) > 0.05 for a, b in boxes) for boxes in pairs]
     assert sum(occluded) > 10, "a crowd in which no one is occluded teaches nothing"
-
-
-def test_each_task_has_its_truth_and_a_persons_box_is_tight(tmp_path):
     for task, field in {"grounding": "boxes", "counting": "points", "ocr": "transcript"}.items():
         data_prep.main(["synthetic", "--out", str(tmp_path / task), "--images", "4", "--task", task])
-        assert all(r["task"] == task and r[field] for r in scenes(tmp_path / task))
+        assert all(r["task"] == task and r[field] for r in read_lines(tmp_path / task / "train.jsonl"))
     solid = np.array(data_prep.draw_person(np.random.default_rng(0), 60).getchannel("A")) > 127
-    assert solid[0].any() and solid[-1].any() and solid[:, 0].any() and solid[:, -1].any()
+    assert solid[0].any() and solid[-1].any() and solid[:, 0].any() and solid[:, -1].any(), "a tight box"
 
 
 def test_the_tiny_tokenizer_has_a_token_for_each_sentence():
@@ -1891,10 +1644,6 @@ def test_the_tiny_tokenizer_has_a_token_for_each_sentence():
     assert len(tokenizer.encode("[[1, 2, 3, 20]]")) == 6
     assert len(tokenizer.encode("<think>3 in sight, 2 to look at</think>")) == 6  # as dipr1.py writes targets
     assert tokenizer.decode(tokenizer.encode("naïve 人")) == "naïve 人"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Detection: each data set laid out as it ships, with images that we make
 
 
 def crowdhuman_layout(root, entries):
@@ -1932,39 +1681,8 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
     assert len(convert("crowdhuman --split train --no_verify", root)) == 3  # a header does not show the cut
     (root / "annotation_train.odgt").rename(root / "annotation_val.odgt")  # only training has a limit unasked
     assert [len(r["boxes"]) for r in convert("crowdhuman --split val", root)] == [3, 41, 0]
-
-
-ODGT, WIDER18, WIDER19, COCO = ("annotation_val.odgt", "val_annotations.txt", "Annotations/val_bbox.txt",
-                                "annotations/instances_val2017.json")
-PEOPLE = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 7, "name": "person"}],
-          "annotations": []}
-
-
-@pytest.mark.parametrize("source, file, content, said", [
-    ("crowdhuman", ODGT, '{"ID": "1", "gtboxes": []}\n{"ID": "2"}\n', "odgt, line 2: no 'gtboxes'"),
-    ("crowdhuman", ODGT, "\n", "nothing converted"), ("crowdhuman", "else", "", "there for annotation_val"),
-    ("crowdhuman", ODGT, {"ID": "1", "gtboxes": [person([1, 2, 3])]}, "line 1: box.* is not 4 finite"),
-    ("crowdhuman", ODGT, {"ID": "gone", "gtboxes": []}, "nothing converted.*1 left out: unreadable images"),
-    ("widerpedestrian", WIDER18, "img1.jpg 1 2 3 4 5\nimg2.jpg 1 2 3 4\n", "line 2.*4 numbers"),
-    ("widerpedestrian", WIDER18, "img1.jpg 7 2 3 4 5\n", "line 1.*class"),
-    ("widerpedestrian", WIDER18, "img1.jpg 1 2 3 4 x\n", "line 1.*could not convert"),
-    ("widerpedestrian", WIDER19, "sur1.jpg 1 2 3 4 5\n", "line 1.*5 numbers"),
-    ("widerpedestrian", WIDER19, "cat.jpg 1 2 3 4\n", "line 1.*cat.jpg"),
-    ("widerpedestrian", "elsewhere", "", "val_annotations.txt, or Annotations/val_bbox.txt"),
-    ("coco", COCO, '{"images": []}', "instances_val2017.json: no 'annotations'"),
-    ("coco", COCO, PEOPLE | {"annotations": [{}]}, "annotation 1: no 'image_id'"),
-    ("coco", COCO, PEOPLE | {"images": [{"id": 1}, {"id": 1, "file_name": "b"}]}, "entries have the id 1"),
-    ("coco", COCO, PEOPLE | {"categories": [{"id": 1, "name": "dog"}]}, "no category 'person', but 'dog'"),
-    ("citypersons", "gtBboxCityPersons/val/a/b_gtBboxCityPersons.json", {"objects": [{}]}, "b_gt.*no 'la"),
-    ("citypersons", "annotations/anno_val.mat", "no matlab file at all", "anno_val.mat: "),
-])
-def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(tmp_path, source, file, content, said):
-    write(tmp_path / "root" / file, content)
-    for folder in ("root/Images", "root/leftImg8bit/val"):
-        (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(SystemExit, match=said):
-        convert(f"{source} --split val", tmp_path / "root")
-    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    with pytest.raises(SystemExit, match="out.jsonl"):  # one line, where nothing can be written
+        convert("crowdhuman --split val", root, out=root / "annotation_val.odgt/out.jsonl")
 
 
 @pytest.mark.parametrize("command, said", [
@@ -1976,12 +1694,6 @@ def test_what_a_command_does_not_take_is_refused_before_anything_is_written(comm
     with pytest.raises(SystemExit) as stop:
         data_prep.main(command.replace(" o", f" {tmp_path}/o").split())
     assert said in capsys.readouterr().err + str(stop.value) and not list(tmp_path.iterdir())
-
-
-def test_what_cannot_be_written_is_one_line(tmp_path):
-    root, file = crowdhuman_layout(tmp_path / "ch", {"a": []}), write(tmp_path / "file")
-    with pytest.raises(SystemExit, match="out.jsonl"):
-        convert("crowdhuman --split train", root, out=file / "out.jsonl")
 
 
 def test_both_forms_of_citypersons_say_the_same_and_numbers_do_not_wrap_around(tmp_path):
@@ -2046,10 +1758,6 @@ def test_uavdt_rows_are_sorted_by_target_and_a_file_without_classes_is_refused(t
         convert("uavdt --split train", root)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# COCO form: annotations are believed only where they agree with the image
-
-
 def coco_layout(root, rows, images=("a.jpg", "b.jpg"), names=((1, "person"), (90, "toothbrush")), **sizes):
     """`rows`: (image number, category, box, further keys); `sizes`: {an image's stem: stated size}."""
     listed = [{"id": k, "file_name": image} for k, image in enumerate(images)]
@@ -2087,7 +1795,9 @@ def test_coco_annotations_are_believed_only_where_they_agree_with_the_image(tmp_
     stated = {"6": IMAGE, "other": (200, 160), "turned": IMAGE, "none": (0, None)}
     root = coco_layout(tmp_path / "co", rows, [f"{k}.jpg" for k in (*range(6), *stated)], **stated)
     (root / "val2017/turned.jpg").unlink()
-    turned_image(root / "val2017/turned.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", IMAGE).save(root / "val2017/turned.jpg", exif=exif)
     for flags in ("", " --no_verify"):
         found = [r["image"] for r in convert("coco --split val" + flags, root)]
         assert found == ["co/val2017/6.jpg", "co/val2017/none.jpg"]
@@ -2114,26 +1824,21 @@ def test_images_are_found_by_all_that_their_name_says(tmp_path, capsys):
         convert("coco --split val", root)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Perception-R1's other tasks
-
-
-def refcoco_layout(root, refs):
+def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monkeypatch, capsys):
+    class Rude:
+        def __reduce__(self):
+            return os.system, ("touch pwned",)
+    def reference(ann, split, *phrases):
+        sentences = [{"sent": text} for text in phrases]
+        return {"ann_id": ann, "image_id": 7, "split": split, "sentences": sentences}
+    monkeypatch.chdir(tmp_path)
+    root, refs = tmp_path / "r", tmp_path / "r/refs(unc).p"
     make_images([root / "train2014/7.jpg"])
     write(root / "instances.json", {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [
         {"id": 1, "bbox": [10, 20, 30, 40]}, {"id": 2, "bbox": [200, 0, 9, 9]}]})
-    write(root / "refs(unc).p", pickle.dumps(refs, protocol=2))
-    return root
-
-
-def reference(ann, split, *phrases):
-    return {"ann_id": ann, "image_id": 7, "split": split, "sentences": [{"sent": text} for text in phrases]}
-
-
-def test_refcoco_gives_a_line_for_each_phrase(tmp_path, capsys):
-    refs = [reference(1, "train", "the left one", "red shirt"), reference(1, "testA", "x"),
-            reference(2, "train", "outside")]
-    root = refcoco_layout(tmp_path / "r", refs)
+    phrases = [reference(1, "train", "the left one", "red shirt"), reference(1, "testA", "x"),
+               reference(2, "train", "outside")]
+    write(refs, pickle.dumps(phrases, protocol=2))
     a, b = convert("refcoco --split train --draw 1", root)
     assert a == {"image": "r/train2014/7.jpg", "width": 100, "height": 80, "task": "grounding",
                  "target": "the left one", "boxes": [[10, 20, 40, 60]]} and b["target"] == "red shirt"
@@ -2141,28 +1846,19 @@ def test_refcoco_gives_a_line_for_each_phrase(tmp_path, capsys):
     write(root / "refs(google).p")
     with pytest.raises(SystemExit, match="found refs.google..p, refs.unc..p; name it as ROOT"):
         convert("refcoco --split train", root)
-    assert len(convert("refcoco --split testA", root / "refs(unc).p")) == 1
+    assert len(convert("refcoco --split testA", refs)) == 1
     with pytest.raises(SystemExit, match="needs --split"):
-        convert("refcoco", root / "refs(unc).p")
+        convert("refcoco", refs)
+    names = "refs.unc..p: UnpicklingError: it names"
+    for content, said in [(pickle.dumps(rude), names) for rude in (Rude(), [Path("x")], np.zeros(2))] + [
+            (pickle.dumps(phrases)[:-9], "refs.unc..p: ")]:
+        write(refs, content)
+        with pytest.raises(SystemExit, match=said):
+            convert("refcoco --split train", refs, out=tmp_path / "none")
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "none").exists()
 
 
-class Rude:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
-
-
-@pytest.mark.parametrize("rude", [Rude(), [Path("x")], np.zeros(2)])
-def test_a_pickle_that_names_a_class_is_refused_and_nothing_is_run(tmp_path, monkeypatch, rude):
-    monkeypatch.chdir(tmp_path)
-    root = refcoco_layout(tmp_path / "r", rude)
-    with pytest.raises(SystemExit, match="refs.unc..p: UnpicklingError: it names"):
-        convert("refcoco --split train", root)
-    write(root / "refs(unc).p", pickle.dumps([reference(1, "train", "x")])[:-9])
-    with pytest.raises(SystemExit, match="refs.unc..p: "):
-        convert("refcoco --split train", root)
-    assert not (tmp_path / "pwned").exists() and not (tmp_path / "out.jsonl").exists()
-
-
+PEOPLE = {"images": [{"id": 1}], "categories": [{"id": 7, "name": "person"}], "annotations": []}
 PROMPT = "<image>Please provide the bounding box coordinate of the region this sentence describes: the lady."
 ENTRY = {"image": "a.jpg", "problem": "the lady", "solution": [10, 20, 40, 60]}
 LADY = {"task": "grounding", "target": "the lady", "boxes": [[10, 20, 40, 60]]}
@@ -2195,53 +1891,66 @@ def test_lists_of_questions_are_read(tmp_path, command, entry, fields, as_lines)
     assert records == [{"image": "images/a.jpg", "width": 100, "height": 80, **fields}] * 2
 
 
-@pytest.mark.parametrize("command, entry, said", [
-    ("refcoco", ENTRY | {"solution": [1, 2, 3]}, "line 1: .*not 4"),
-    ("refcoco", ENTRY | {"solution": "none"}, "line 1: one box is expected"),
-    ("refcoco", ENTRY | {"problem": None}, "line 1: no 'conversations'"),
-    ("refcoco", ENTRY | {"image": ["a", "b"]}, "line 1: a text is expected"),
-    ("refcoco", ENTRY | {"solution": [9, 250, 40, 750]}, "a.jpg: .*outside.*--scale N"),
-    ("refcoco", ENTRY | {"solution": [9, 9, 4, 20]}, "nothing converted.*1 left out: faulty"),
-    ("refcoco --split train", ENTRY, "list of one split"),
-    ("pixmo_count", BIRDS | {"count": 3}, "line 1: count is 3, but there are 2 points"),
-    ("pixmo_count", BIRDS | {"count": None}, "count is None"), ("pixmo_count", URL, "line 1: .*image_folder"),
-    ("pixmo_count", BIRDS | {"label": None}, "text is expected, not None"),
-    ("pixmo_count", BIRDS | {"points": {"x": [1], "y": []}}, "line 1: zip"),
-    ("pixmo_count", BIRDS | {"points": [{"x": 1, "y": None}] * 2}, "finite"),
-    ("pixmo_count", BIRDS | {"points": [{"x": 200, "y": 1}] * 2}, "nothing converted.*1 left out: faulty"),
-    ("pixmo_count --image_folder .", URL, "nothing converted.*1 left out: unreadable"),
-    ("ocr", [{"image": "a.jpg", "conversations": TURNS[:1]}], "list, entry 1: "),
+@pytest.mark.parametrize("command, file, content, said", [
+    ("crowdhuman", ODGT, '{"ID": "1", "gtboxes": []}\n{"ID": "2"}\n', "odgt, line 2: no 'gtboxes'"),
+    ("crowdhuman", ODGT, "\n", "nothing converted"), ("crowdhuman", "else", "", "there for annotation_val"),
+    ("crowdhuman", ODGT, {"ID": "1", "gtboxes": [person([1, 2, 3])]}, "line 1: box.* is not 4 finite"),
+    ("crowdhuman", ODGT, {"ID": "gone", "gtboxes": []}, "nothing converted.*1 left out: unreadable images"),
+    *[("widerpedestrian", file, line, said) for file, line, said in [
+        (WIDER18, "img1.jpg 1 2 3 4 5\nimg2.jpg 1 2 3 4\n", "line 2.*4 numbers"),
+        (WIDER18, "img1.jpg 7 2 3 4 5", "line 1.*class"), (WIDER19, "cat.jpg 1 2 3 4", "line 1.*cat.jpg"),
+        (WIDER18, "img1.jpg 1 2 3 4 x", "line 1.*could not"), (WIDER19, "sur1.jpg 1 2 3 4 5", "1.*5 numbers"),
+        ("elsewhere", "", "val_annotations.txt, or Annotations/val_bbox.txt")]],
+    *[("coco", COCO, PEOPLE | changes, said) for changes, said in [
+        ({"annotations": [{}]}, "annotation 1: no 'image_id'"),
+        ({"images": [{"id": 1}, {"id": 1, "file_name": "b"}]}, "entries have the id 1"),
+        ({"categories": [{"id": 1, "name": "dog"}]}, "no category 'person', but 'dog'")]],
+    ("citypersons", "gtBboxCityPersons/val/a/b_gtBboxCityPersons.json", {"objects": [{}]}, "b_gt.*no 'la"),
+    ("citypersons", "annotations/anno_val.mat", "no matlab file at all", "anno_val.mat: "),
+    *[("refcoco", "list", ENTRY | changes, said) for changes, said in [
+        ({"solution": [1, 2, 3]}, "line 1: .*not 4"), ({"solution": "none"}, "line 1: one box is expected"),
+        ({"problem": None}, "1: no 'conversations'"), ({"image": ["a", "b"]}, "line 1: a text is expected"),
+        ({"solution": [9, 250, 40, 750]}, "a.jpg: .*outside.*--scale N"),
+        ({"solution": [9, 9, 4, 20]}, "nothing converted.*1 left out: faulty")]],
+    *[("pixmo_count", "list", BIRDS | changes, said) for changes, said in [
+        ({"count": 3}, "line 1: count is 3, but there are 2 points"), ({"count": None}, "count is None"),
+        ({"label": None}, "text is expected, not None"), ({"points": {"x": [1], "y": []}}, "line 1: zip"),
+        ({"points": [{"x": 1, "y": None}] * 2}, "finite"),
+        ({"points": [{"x": 200, "y": 1}] * 2}, "nothing converted.*1 left out: faulty")]],
+    ("pixmo_count --image_folder .", "list", URL, "nothing converted.*1 left out: unreadable"),
+    ("pixmo_count", "list", URL, "1: .*image_folder"), ("refcoco --split val", "list", ENTRY, "one split"),
+    ("ocr", "list", [{"image": "a.jpg", "conversations": TURNS[:1]}], "list, entry 1: "),
+    ("coco", COCO, '{"images": []}', "instances_val2017.json: no 'annotations'"),
 ])
-def test_a_faulty_list_is_refused(tmp_path, monkeypatch, command, entry, said):
-    monkeypatch.chdir(tmp_path)
-    make_images([tmp_path / "a.jpg"])
+def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(
+        tmp_path, monkeypatch, command, file, content, said):
+    root, is_list = tmp_path / "root", file == "list"
+    make_images([root / "a.jpg", root / "Images/a.jpg", root / "leftImg8bit/val/a.jpg"])
+    monkeypatch.chdir(root)
+    path, command = write(root / file, content), command + " --split val" * (not is_list)
     with pytest.raises(SystemExit, match=said):
-        convert(command, write(tmp_path / "list", entry))
-    assert not (tmp_path / "out.jsonl").exists()
+        convert(command, path if is_list else root, out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # At scale, and on real files
 
 
-class NoPool(contextlib.nullcontext):
-    """In place of the process pool: everything in this process."""
-
-    def __enter__(self):
-        return self
-
-    def map(self, function, *items, chunksize):
-        return map(function, *items)
-
-
 @pytest.fixture
 def claimed(monkeypatch):
     """{name: size} of images that need not be there ("*": any other); `claimed[None]` lists who was asked."""
-    sizes = {None: []}
-    monkeypatch.setattr(data_prep, "ProcessPoolExecutor", NoPool)
+    sizes, here = {None: []}, SimpleNamespace(map=lambda function, *items, chunksize: map(function, *items))
+    monkeypatch.setattr(data_prep, "ProcessPoolExecutor", lambda: contextlib.nullcontext(here))
     monkeypatch.setattr(data_prep, "image_size", lambda path, no_verify: sizes[None].append(path) or (
         sizes.get(path.name) or sizes["*"]))
     return sizes
+
+
+def totals(path):
+    """(lines, boxes, ignore regions) of what dipr1.py accepts."""
+    records = dipr1.load_records(path)
+    return len(records), *(sum(len(record[name]) for record in records) for name in ("boxes", "ignore"))
 
 
 def test_an_image_with_many_phrases_is_opened_once(tmp_path, claimed):
@@ -2261,14 +1970,6 @@ def test_converting_takes_the_same_memory_however_long_the_file(tmp_path):
     assert peaks[1] - peaks[0] < 300_000, peaks  # the 600 lines more are 1.6 MB of text, and more parsed
 
 
-def totals(records):
-    """(lines, boxes, ignore regions), after a check of every row."""
-    for record in records:
-        for name in ("boxes", "ignore"):
-            data_prep.check_rows(name, record[name], 4, record["width"], record["height"])
-    return len(records), *(sum(len(record[name]) for record in records) for name in ("boxes", "ignore"))
-
-
 @needs_real
 @pytest.mark.parametrize("command, file, source, size, right", [
     ("crowdhuman --split train", "annotation_train.odgt", "crowdhuman*.odgt", (2048, 1356), (5, 41, 2)),
@@ -2279,7 +1980,6 @@ def totals(records):
     ("uavdt --split train --max_boxes 99", "M0101", "uavdt_M0101*", (1024, 540), (407, 5414, 670)),
     ("coco --split val --category pedestrian", COCO, "citypersons/val_gt*", None, (500, 3157, 2638)),
     ("coco --split val --category pedestrain", COCO, "wider2019*", None, (200, 781, 0)),
-    ("coco --split val --category all", COCO, "coco100/instances*100.json", None, (100, 830, 9)),
 ])
 def test_real_files_convert_to_the_right_counts(tmp_path, claimed, command, file, source, size, right):
     root, sources = tmp_path / "root", sorted(REAL.glob(source))
@@ -2297,53 +1997,49 @@ def test_real_files_convert_to_the_right_counts(tmp_path, claimed, command, file
     if file == COCO:
         data = json.loads(sources[0].read_text())
         claimed |= {Path(e["file_name"]).name: (e["width"], e["height"]) for e in data["images"]}
-    records = convert(command, root)
-    assert totals(records) == right
-    if "all" in command:
-        names = {entry["id"]: entry["name"] for entry in data["categories"]}
-        labels = sorted(names[entry["category_id"]] for entry in data["annotations"])
-        assert sorted(label for r in records for label in r["labels"] + r["ignore_labels"]) == labels
-        assert records[0]["target"].split(", ") == list(names.values())
+    convert(command, root)
+    assert totals(tmp_path / "out.jsonl") == right
 
 
 @needs_real
 @pytest.mark.parametrize("name, right", [("test_coco", (4, 14, 0)), ("test_crowdpose", (2, 5, 0))])
 def test_real_photos_convert_with_their_annotations(tmp_path, name, right):
-    photos = REAL / "coco_photos"
-    command = f"coco --split val --annotations {photos / name}.json"
-    assert totals(convert(command, photos, out=tmp_path / "out.jsonl")) == right
+    photos, out = REAL / "coco_photos", tmp_path / "out.jsonl"
+    convert("coco --split val --annotations", photos, photos / f"{name}.json", out=out)
+    assert totals(out) == right
 
 
 # ------------------------------------------------------------------------------------------------------------
-# python test_dipr1.py --compare N: DIP-R1 and Perception-R1 from one warm-up
+# python test_dipr1.py: the naive way of the tests and ours, timed side by side; --compare N: DIP-R1 and
+# Perception-R1 from one warm-up
 
 WAYS = {  # what is compared: method, look weight (None: not trained further)
     "SFT": ("dip-r1", None), "SFT, answer alone": ("perception-r1", None),
     "Perception-R1": ("perception-r1", 0.0), "DIP-R1 without look": ("dip-r1", 0.0),
     "DIP-R1": ("dip-r1", Config.look_weight)}
+SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
+    "small": ((6, 256, 512, 4, 512), (16384, 512, 1536, 4, 8, [8, 12, 12]), False, (32, 32), [128]),
+    "3b": ((32, 1280, 3420, 16, 2048), (151936, 2048, 11008, 36, 16, [16, 24, 24]), True, (64, 80),
+           [512, 1024]),
+}
 
 
 def compare_once(seed, folder, **options):
-    """One seed, at the size of the demo -> {what was trained: its figures on the held-out scenes}.
-
-    The warm-up writes each scene in both templates, so that all start from the same weights. From there each
-    takes the same steps of as many completions, cut at the same length. Interrupted, it goes on.
-    """
+    """One seed, at the size of the demo -> {what was trained: its figures on the held-out scenes}. The
+    warm-up writes each scene in both templates, so that all start from the same weights. From there each
+    takes the same steps of as many completions, cut at the same length. Interrupted, it goes on."""
     scenes, model = folder / "scenes", folder / "tiny"
     if dipr1.rank_and_world()[0] == 0 and not (scenes / "both.jsonl").exists():
         data_prep.synthetic(scenes, dipr1.DEMO_SCENES + dipr1.DEMO_HELD_OUT, seed, val=dipr1.DEMO_HELD_OUT)
         data_prep.tiny(model, seed, texts=[dipr1.CHAT, *(task.question for task in dipr1.TASKS.values())])
-        lines = [json.loads(line) for line in open(scenes / "train.jsonl")]
-        both = [line | {"method": method} for method in ("dip-r1", "perception-r1") for line in lines]
-        write_lines(scenes / "both.jsonl", both)
+        lines = read_lines(scenes / "train.jsonl")
+        write(scenes / "both.jsonl", *(line | {"method": method} for method in METHODS for line in lines))
     dipr1.barrier()
-
     def trained(cfg, name, **changes):
         cfg = dataclasses.replace(cfg, output_dir=str(folder / name), **changes)
         dipr1.train(cfg)
         last = folder / name / f"checkpoint-{cfg.sft_steps + cfg.steps:06d}"
         return dataclasses.replace(cfg, model=str(last))
-
     cfg = Config(**{**dipr1.DEMO, "seed": seed, "resume": True, "model": str(model), **options})
     start = trained(cfg, "warm-up", steps=0, data=str(scenes / "both.jsonl"))
     start = dataclasses.replace(start, sft_steps=0, steps=cfg.steps, data=str(scenes / "train.jsonl"))
@@ -2372,12 +2068,10 @@ def compare(seeds, folder, **options):
 
 def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_was(tmp_path):
     starts, plain = [], dipr1.grpo_step
-
     def watched(policy, reference, optimizer, encoder, prompts, cfg, *rest):
         starts.append(policy.model.lm_head.weight.clone())
         assert {prompt.record["method"] for prompt in prompts} == {cfg.method}
         return plain(policy, reference, optimizer, encoder, prompts, cfg, *rest)
-
     small = dict(sft_steps=2, sft_batch=4, steps=1, prompts_per_step=2, max_new_tokens=20, samples=2)
     with replaced(DEMO_SCENES=12, DEMO_HELD_OUT=4, grpo_step=watched):
         for seeds in (1, 2):
@@ -2387,17 +2081,6 @@ def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_wa
     assert len(starts) == 6, "three ways on each of two seeds"
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
     assert not torch.equal(starts[0], starts[3]) and torch.equal(starts[3], starts[5])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# python test_dipr1.py: the naive way of the tests and ours, timed side by side
-
-
-SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
-    "small": ((6, 256, 512, 4, 512), (16384, 512, 1536, 4, 8, [8, 12, 12]), False, (32, 32), [128]),
-    "3b": ((32, 1280, 3420, 16, 2048), (151936, 2048, 11008, 36, 16, [16, 24, 24]), True, (64, 80),
-           [512, 1024]),
-}
 
 
 def random_policy(name, device):
@@ -2454,7 +2137,6 @@ def one_step(policy, reference, prompt, G, new_tokens, rollout, score, found):
             torch.cuda.synchronize()
         found.setdefault(stage, []).append(time.perf_counter() - started)
         return time.perf_counter()
-
     first = started = clock("", 0)
     group = rollout(policy, prompt, G, new_tokens)
     scoring = started = clock("rollout", started)
@@ -2476,10 +2158,10 @@ def added_memory(policy, group, score):
     if group.prompt.ids.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        kept = score(policy, group)  # noqa: F841
+        score(policy, group)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with torch.profiler.profile(profile_memory=True) as profiler:
-        kept = score(policy, group)  # noqa: F841
+        score(policy, group)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6
 
