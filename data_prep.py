@@ -225,7 +225,7 @@ VIVID, GREYISH, NIGHT = (0.6, 1.0), (0.0, 0.3), (10, 12, 26)  # saturations of c
 CROWDS = {  # how many people, tries to place each; the largest IoU of two; light: 1 is day
     "sparse": dict(people=(2, 5), tries=1, scale=1.0, overlap=0.4, saturation=VIVID, light=1.0),
     "dense": dict(people=(5, 8), tries=40, scale=0.8, overlap=0.5, saturation=VIVID, light=1.0),
-    "night": dict(people=(3, 6), tries=40, scale=0.9, overlap=0.45, saturation=GREYISH, light=0.35)}
+    "night": dict(people=(3, 6), tries=40, scale=0.9, overlap=0.45, saturation=GREYISH, light=0.6)}
 
 
 def colorful(rng, saturation, low=0.3, high=1.0):

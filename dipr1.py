@@ -588,6 +588,8 @@ def setup(cfg):
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        if tokenizer.convert_tokens_to_ids("<|image_pad|>") != model.config.image_token_id:
+            raise ValueError("its tokenizer is missing, or belongs to another model")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SystemExit(f"cannot load --model {cfg.model}: {' '.join(str(error).split())[:300]}") from None

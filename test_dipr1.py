@@ -1304,6 +1304,10 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
         shutil.copytree(tiny[0], model := tmp_path / str(number))
         write(model / name, content)
         refused(f"cannot load --model {model}: .*{said}.*", "--model", model)
+    shutil.copytree(tiny[0], model := tmp_path / "model")
+    for path in model.glob("tokenizer*"):
+        path.unlink()  # transformers would make an empty one
+    refused("its tokenizer is missing", "--model", model)
     # That images have another size than their lines say is found later, and it can be started again.
     lines = read_lines(tiny[1])
     data = write(tmp_path / "d.jsonl", *(line | {"width": 500} for line in lines))
@@ -1619,7 +1623,8 @@ def test_scenes_repeat_from_their_seed_and_are_what_they_say(tmp_path):
     assert records["a"] == records["b"] and len(pixels["a"]) == 30
     assert np.array_equal(pixels["a"], pixels["b"])
     assert not np.array_equal(pixels["a"][0][0], pixels["dense"][0][0])  # another street, too
-    assert np.mean(pixels["night"]) < 80 and np.std(pixels["night"]) < np.std(pixels["a"]) / 2
+    for measure in (np.mean, np.std):
+        assert measure(pixels["night"]) < 0.7 * measure(pixels["a"])  # dark, and of low contrast
     for name, least, most, overlap in (("a", 1, 5, 0.4), ("dense", 5, 8, 0.5), ("night", 3, 6, 0.45)):
         for record in records[name]:
             people = record["boxes"] + record["ignore"]
