@@ -1899,6 +1899,8 @@ def main(argv=None):
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"out of memory. Go on with --resume and a lower --tokens_per_forward, "
                          f"--max_new_tokens or --max_pixels. PyTorch says: {error}") from None
+    except OSError as error:  # a file or folder that cannot be made or read: the message names it
+        raise SystemExit(str(error)) from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

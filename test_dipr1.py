@@ -1308,6 +1308,7 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
     for path in model.glob("tokenizer*"):
         path.unlink()  # transformers would make an empty one
     refused("its tokenizer is missing", "--model", model)
+    refused("File exists: .*config.json", "--output_dir", model / "config.json")
     # That images have another size than their lines say is found later, and it can be started again.
     lines = read_lines(tiny[1])
     data = write(tmp_path / "d.jsonl", *(line | {"width": 500} for line in lines))
