@@ -799,7 +799,7 @@ def ocr(root, image_folder: Path = None):
 # ------------------------------------------------------------------------------------------------------------
 # From annotations to the JSONL
 
-MAX_BOXES = 40  # of an image to train on: a box costs 21 tokens or more, and an answer has 1,024
+MAX_BOXES = 40  # of an image to train on: a box costs 21 tokens or more, and a completion has 1,280
 
 
 def measured(annotations, no_verify):
