@@ -1822,8 +1822,6 @@ def warn_of_long_truths(encoder, records, max_new_tokens):
 
 def train(cfg):
     """SFT for `--sft_steps`, then GRPO for `--steps`, on --data."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
-        cfg = replace(cfg, resume=True)
     records = load_records(cfg.data, cfg.method)
     check_training(cfg, records)
     folder, done = find_checkpoint(cfg) if cfg.resume else (None, 0)
@@ -1860,7 +1858,8 @@ def run_demo(cfg):
     cfg = replace(cfg, model=str(folder / "tiny"), data=str(folder / "scenes" / "train.jsonl"))
     train(cfg)
     held_out = load_records(folder / "scenes" / "val.jsonl", cfg.method)
-    for name, step in (("sft", cfg.sft_steps), (cfg.method, cfg.sft_steps + cfg.steps)):
+    ends = {cfg.method: cfg.sft_steps + cfg.steps}
+    for name, step in ({"sft": cfg.sft_steps} | ends if cfg.sft_steps else ends).items():
         policy, encoder = setup(replace(cfg, model=str(folder / f"checkpoint-{step:06d}")))
         columns[name] = evaluate(policy, encoder, held_out, cfg, folder / name)
     seconds = round(time.time() - started)
@@ -1892,6 +1891,8 @@ def parse_flags(argv):
 def main(argv=None):
     """The command line: every field of Config is a flag."""
     cfg = parse_flags(sys.argv[1:] if argv is None else argv)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
+        cfg = replace(cfg, resume=True)
     logging.disable_progress_bar()
     join_processes()  # until then every process believes that it is rank 0
     try:
