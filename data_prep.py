@@ -222,10 +222,10 @@ def image_size(path, no_verify=False):
 
 OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # pixels of a figure are those mostly opaque
 VIVID, GREYISH, NIGHT = (0.6, 1.0), (0.0, 0.3), (10, 12, 26)  # saturations of clothes; what darkness fades to
-CROWDS = {  # how many people, tries to place each; the largest IoU of two; light: 1 is day
-    "sparse": dict(people=(2, 5), tries=1, scale=1.0, overlap=0.4, saturation=VIVID, light=1.0),
-    "dense": dict(people=(5, 8), tries=40, scale=0.8, overlap=0.5, saturation=VIVID, light=1.0),
-    "night": dict(people=(3, 6), tries=40, scale=0.9, overlap=0.45, saturation=GREYISH, light=0.6)}
+CROWDS = {  # how many people, those left out who find no place; the largest IoU of two; light: 1 is day
+    "sparse": dict(people=(2, 5), scale=1.0, overlap=0.4, saturation=VIVID, light=1.0),
+    "dense": dict(people=(5, 8), scale=0.8, overlap=0.5, saturation=VIVID, light=1.0),
+    "night": dict(people=(3, 6), scale=0.9, overlap=0.45, saturation=GREYISH, light=0.6)}
 
 
 def colorful(rng, saturation, low=0.3, high=1.0):
@@ -298,15 +298,13 @@ def iou(a, b):
     return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
 
 
-def draw_scene(rng, size, people, tries, scale, overlap, saturation, light):
+def draw_scene(rng, size, people, scale, overlap, saturation, light):
     """A street with a crowd of one to three clusters, nearer people larger (perspective) -> (image, boxes,
     ignore). Whoever is less than a fifth visible is in `ignore`."""
     scene, horizon = draw_street(rng, size)
     centers = rng.uniform(0.15 * size, 0.85 * size, rng.integers(1, 4))
-    figures, wanted = [], rng.integers(people[0], people[1] + 1)
-    for _ in range(wanted * tries):
-        if len(figures) == wanted:
-            break
+    figures = []
+    for _ in range(rng.integers(people[0], people[1] + 1)):
         sole = int(rng.uniform(horizon + 0.2 * size, size))
         depth = (sole - horizon) / (size - horizon)
         height = int((0.32 + 0.36 * depth) * size * rng.uniform(0.85, 1.1) * scale)
