@@ -374,8 +374,8 @@ def synthetic(out: Path, images: count = 2000, seed: int = 0, size: int = 112, v
     if size < 56:
         raise SystemExit(f"--size {size} is too small for a scene: at least 56 pixels")
     out, train = Path(out), images - (max(1, images // 10) if val is None else val)
-    if train < 1:
-        raise SystemExit(f"--images {images} is too few: val.jsonl takes all of them, or more")
+    if train < 0:
+        raise SystemExit(f"--images {images} is too few: val.jsonl takes {val}")
     (out / "images").mkdir(parents=True, exist_ok=True)
     draw = functools.partial(save_scene, out, seed, size=size, task=task, crowd=crowd)
     with ProcessPoolExecutor() as pool:

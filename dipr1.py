@@ -1176,7 +1176,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
 
     seconds, n_tokens = time.perf_counter() - started, sum(group.n_tokens for group in groups)
     metrics |= describe(groups, rewards, encoder, cfg) | {
-        "seconds": seconds, "seconds_rollout": rolled_out - started, "tokens_per_second": n_tokens / seconds}
+        "seconds_rollout": rolled_out - started, "tokens_per_second": n_tokens / seconds}
     return metrics, groups
 
 
@@ -1769,13 +1769,15 @@ def train_phase(phase, first, steps, batch, peak, policy, encoder, records, cfg,
         restore(optimizer, folder / f"checkpoint-{done:06d}")
     bar = tqdm(batches(encoder, records, batch, cfg.seed, steps, done - first), phase, steps,
                initial=done - first, disable=rank_and_world()[0] > 0)
+    ended = time.perf_counter()
     for step, prompts in bar:
         lr, done = learning_rate(step, steps, peak, cfg.warmup_steps), first + step + 1
         if phase == "sft":
             metrics, groups = sft_step(policy, optimizer, encoder, prompts, cfg, lr)
         else:
             metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
-        log.write(phase, step, metrics, bar)
+        began, ended = ended, time.perf_counter()  # waiting for data, checkpoints and pictures count, too
+        log.write(phase, step, metrics | {"seconds": ended - began}, bar)
         if phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0 and log.file:
             draw_picture(groups[0], folder / "pictures" / f"step-{step + 1:06d}.png")
         asked = int(over_ranks([max(received, default=0)], "MAX")[0])  # to stop, on any rank
@@ -1840,31 +1842,68 @@ def train(cfg):
 
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=72, sft_steps=950, sft_lr=2e-3, sft_batch=16, steps=95, lr=2e-4,
+    output_dir="runs/demo", max_new_tokens=96, sft_steps=225, sft_lr=5e-4, sft_batch=16, steps=60, lr=4e-4,
     prompts_per_step=32, tokens_per_forward=2000, gradient_checkpointing=False, save_every=0)
-DEMO_SCENES, DEMO_HELD_OUT = 4000, 200
+PRETRAINING = dict(sft_steps=950, sft_lr=2e-3, steps=0)  # it stands for what Qwen2.5-VL knows already
+SCENES = {"sparse": (4000, 150), "dense": (400, 150), "night": (0, 150)}  # of each crowd: to train, held out
+SHOWN = ("precision", "recall", "f1", "ap50", "crowded_recall", "boxes_per_image", "truth_boxes_per_image",
+         "sampled_f1", "sampled_look_reward")
+
+
+def draw_demo(folder, seed):
+    """Draw the scenes and make the tiny model, once for all ranks."""
+    import data_prep
+
+    if rank_and_world()[0] == 0:
+        for crowd, (n_train, n_held_out) in SCENES.items():
+            data_prep.synthetic(folder / crowd, n_train + n_held_out, seed, val=n_held_out, crowd=crowd)
+        data_prep.tiny(folder / "tiny", seed, texts=[CHAT, *(task.question for task in TASKS.values())])
+    barrier()  # nothing is read before it is drawn
+
+
+def trained(cfg, name, **changes):
+    """Train in the folder `name` of --output_dir -> cfg of the trained model."""
+    run = replace(cfg, output_dir=str(Path(cfg.output_dir) / name), **changes)
+    train(run)
+    return replace(run, model=str(Path(run.output_dir) / f"checkpoint-{run.sft_steps + run.steps:06d}"))
+
+
+def evaluated(run, folder, crowds=tuple(SCENES)):
+    """Evaluate run.model on the held-out scenes of each crowd in `folder` -> {crowd: figures}."""
+    policy, encoder = setup(run)
+    held_out = {crowd: load_records(folder / crowd / "val.jsonl", run.method) for crowd in crowds}
+    return {crowd: evaluate(policy, encoder, records, run, Path(run.output_dir) / crowd, pictures=4)
+            for crowd, records in held_out.items()}
 
 
 def run_demo(cfg):
-    """`--demo`: scenes and a tiny model, SFT, GRPO, and the same held-out scenes after each."""
-    import data_prep
+    """`--demo`, the paper's situation in miniature: a model that knows streets meets a crowd, with few labels.
 
-    started, folder, columns = time.time(), Path(cfg.output_dir), {}
-    refuse_second_run(cfg)
-    if rank_and_world()[0] == 0 and not cfg.resume:
-        data_prep.synthetic(folder / "scenes", DEMO_SCENES + DEMO_HELD_OUT, cfg.seed, val=DEMO_HELD_OUT)
-        data_prep.tiny(folder / "tiny", cfg.seed, texts=[CHAT, *(task.question for task in TASKS.values())])
-    barrier()  # nothing is read before it is drawn
-    cfg = replace(cfg, model=str(folder / "tiny"), data=str(folder / "scenes" / "train.jsonl"))
-    train(cfg)
-    held_out = load_records(folder / "scenes" / "val.jsonl", cfg.method)
-    ends = {cfg.method: cfg.sft_steps + cfg.steps}
-    for name, step in ({"sft": cfg.sft_steps} | ends if cfg.sft_steps else ends).items():
-        policy, encoder = setup(replace(cfg, model=str(folder / f"checkpoint-{step:06d}")))
-        columns[name] = evaluate(policy, encoder, held_out, cfg, folder / name)
-    seconds = round(time.time() - started)
-    report(folder / "summary.json", columns, {"seed": cfg.seed, "seconds": seconds, **columns})
-    print0(f"\n{seconds} s. Written: {folder}/summary.json, metrics.jsonl and pictures/")
+    A tiny model is pretrained on sparse scenes. From there SFT and `--method` train it on the same 400 dense
+    scenes, for the same time. All three are evaluated on held-out scenes: the sparse ones, which may be
+    forgotten, the dense crowd, and a night that nobody was trained on.
+    """
+    began, folder = time.time(), Path(cfg.output_dir)
+    refuse_second_run(replace(cfg, output_dir=str(folder / "start")))
+    draw_demo(folder, cfg.seed)
+    sparse, dense = (str(folder / crowd / "train.jsonl") for crowd in ("sparse", "dense"))
+    start = trained(replace(cfg, model=str(folder / "tiny"), data=sparse), "start", **PRETRAINING)
+    cfg = replace(cfg, model=start.model, data=dense)
+    runs = {"start": start, "sft": trained(cfg, "sft", steps=0),
+            cfg.method: trained(cfg, cfg.method, sft_steps=0)}
+    found = {name: evaluated(run, folder) for name, run in runs.items()}
+    seconds = round(time.time() - began)
+    columns = {name: {f"{crowd}: {figure}": figures[figure] for crowd, figures in by_crowd.items()
+                      for figure in SHOWN if figure in figures} for name, by_crowd in found.items()}
+    report(folder / "summary.json", columns, {"seed": cfg.seed, "seconds": seconds, **found})
+    if rank_and_world()[0] == 0:  # one crowd as all of them answer it
+        sheets = [Image.open(folder / name / "dense/pictures/000000.png") for name in runs]
+        crowd = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
+        for number, (name, sheet) in enumerate(zip(runs, sheets)):
+            ImageDraw.Draw(sheet).text((sheet.width // 2 - 80, 6), name, (255, 255, 255))
+            crowd.paste(sheet, (0, number * sheet.height))
+        crowd.save(folder / "crowd.png")
+    print0(f"\n{seconds} s. Written: {folder}/summary.json, crowd.png, and each run's metrics and pictures")
 
 
 def parse_flags(argv):

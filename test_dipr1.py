@@ -1695,7 +1695,7 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
 @pytest.mark.parametrize("command, said", [
     ("crowdhuman x --split train --out o --stride 2", "unrecognized"), ("coco x --out o", "required"),
     ("uavdt x --split val --out o", "invalid choice"), ("uavdt x --split train --out o --stride 0", "than 1"),
-    ("synthetic --out o --images 1", "--images 1 is too few"), ("synthetic --out o --size 20", "too small"),
+    ("synthetic --out o --images 1 --val 2", "--images 1 is too few"), ("synthetic --out o --size 20", "too small"),
 ])
 def test_what_a_command_does_not_take_is_refused_before_anything_is_written(command, said, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -2017,13 +2017,14 @@ def test_real_photos_convert_with_their_annotations(tmp_path, name, right):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# python test_dipr1.py: the naive way of the tests and ours, timed side by side; --compare N: DIP-R1 and
-# Perception-R1 from one warm-up
+# python test_dipr1.py: the naive way of the tests and ours, timed side by side; --compare N: SFT,
+# Perception-R1 and DIP-R1 from one start, on the same scenes, for the same time
 
-WAYS = {  # what is compared: method, look weight (None: not trained further)
-    "SFT": ("dip-r1", None), "SFT, answer alone": ("perception-r1", None),
-    "Perception-R1": ("perception-r1", 0.0), "DIP-R1 without look": ("dip-r1", 0.0),
-    "DIP-R1": ("dip-r1", Config.look_weight)}
+SFT_RATES = 2e-4, 5e-4, 1e-3  # SFT has the best of them, found on seed 0
+WAYS = {  # what goes on from the start, beside SFT
+    "Perception-R1": dict(method="perception-r1"), "DIP-R1 without look": dict(look_weight=0.0),
+    "DIP-R1, plain sum": dict(look_credit="completion"), "DIP-R1": dict()}
+POINTS = 6  # of a curve, beside its start
 SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
     "small": ((6, 256, 512, 4, 512), (16384, 512, 1536, 4, 8, [8, 12, 12]), False, (32, 32), [128]),
     "3b": ((32, 1280, 3420, 16, 2048), (151936, 2048, 11008, 36, 16, [16, 24, 24]), True, (64, 80),
@@ -2031,46 +2032,108 @@ SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patche
 }
 
 
-def compare_once(seed, folder, **options):
-    """One seed, at the size of the demo -> {what was trained: its figures on the held-out scenes}. The
-    warm-up writes each scene in both templates, so that all start from the same weights. From there each
-    takes the same steps of as many completions, cut at the same length. Interrupted, it goes on."""
-    scenes, model = folder / "scenes", folder / "tiny"
-    if dipr1.rank_and_world()[0] == 0 and not (scenes / "both.jsonl").exists():
-        data_prep.synthetic(scenes, dipr1.DEMO_SCENES + dipr1.DEMO_HELD_OUT, seed, val=dipr1.DEMO_HELD_OUT)
-        data_prep.tiny(model, seed, texts=[dipr1.CHAT, *(task.question for task in dipr1.TASKS.values())])
-        lines = read_lines(scenes / "train.jsonl")
-        write(scenes / "both.jsonl", *(line | {"method": method} for method in METHODS for line in lines))
+def curve(run, start, folder):
+    """A trained way, and the figures of its start -> for each checkpoint [minutes of training, figures of the
+    greedy answers on the dense and the sparse crowd], and the cfg of the checkpoint that is best at dense."""
+    rows, best = [[0.0, start]], None
+    seconds = [line["seconds"] for line in read_lines(Path(run.output_dir) / "metrics.jsonl")]
+    for checkpoint in sorted(Path(run.output_dir).glob("checkpoint-??????")):
+        then = dataclasses.replace(run, model=str(checkpoint), samples=0, output_dir=str(checkpoint))
+        rows.append([sum(seconds[: int(checkpoint.name[-6:])]) / 60,
+                     dipr1.evaluated(then, folder, crowds=("dense", "sparse"))])
+        if rows[-1][1]["dense"]["f1"] == max(figures["dense"]["f1"] for _, figures in rows[1:]):
+            best = dataclasses.replace(then, samples=run.samples, output_dir=f"{run.output_dir}, best moment")
+    return rows, best
+
+
+def compare_once(seed, folder, rates, **options):
+    """One seed -> the best of SFT's rates, the figures of each way on each crowd, its minutes of training,
+    and the curves of SFT and DIP-R1. The pretraining writes each scene in both templates, so that all ways go
+    on from the same weights. Interrupted, it goes on."""
+    options = {**dipr1.DEMO, "seed": seed, "output_dir": str(folder), "resume": True, "keep": 0, **options}
+    cfg = Config(**options)
+    dipr1.draw_demo(folder, seed)
+    if dipr1.rank_and_world()[0] == 0:
+        lines = read_lines(folder / "sparse/train.jsonl")
+        both = (line | {"method": method} for method in METHODS for line in lines)
+        write(folder / "sparse/both.jsonl", *both)
     dipr1.barrier()
-    def trained(cfg, name, **changes):
-        cfg = dataclasses.replace(cfg, output_dir=str(folder / name), **changes)
-        dipr1.train(cfg)
-        last = folder / name / f"checkpoint-{cfg.sft_steps + cfg.steps:06d}"
-        return dataclasses.replace(cfg, model=str(last))
-    cfg = Config(**{**dipr1.DEMO, "seed": seed, "resume": True, "model": str(model), **options})
-    start = trained(cfg, "warm-up", steps=0, data=str(scenes / "both.jsonl"))
-    start = dataclasses.replace(start, sft_steps=0, steps=cfg.steps, data=str(scenes / "train.jsonl"))
-    figures = {}
-    for name, (method, look_weight) in WAYS.items():
-        way = dataclasses.replace(start, method=method)
-        way = way if look_weight is None else trained(way, name, look_weight=look_weight)
-        held_out = dipr1.load_records(scenes / "val.jsonl", method)
-        figures[name] = dipr1.evaluate(*dipr1.setup(way), held_out, way, folder / name)
-    return figures
+    pretraining = dict(model=str(folder / "tiny"), data=str(folder / "sparse/both.jsonl"), **dipr1.PRETRAINING)
+    start = dipr1.trained(cfg, "start", **pretraining)
+    cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
+    sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
+           for rate in rates}
+    grpo = {name: dict(sft_steps=0, save_every=cfg.steps // POINTS, **way) for name, way in WAYS.items()}
+    runs = {"start": start, "start, answer alone": dataclasses.replace(start, method="perception-r1")}
+    runs |= {name: dipr1.trained(cfg, name, **changes) for name, changes in (sft | grpo).items()}
+    figures = {name: dipr1.evaluated(run, folder) for name, run in runs.items()}
+    rate = max(rates, key=lambda rate: figures[f"SFT, lr {rate:g}"]["dense"]["f1"])
+    curves, moments = {}, {}
+    for name, run in {"SFT": runs[f"SFT, lr {rate:g}"], "DIP-R1": runs["DIP-R1"]}.items():
+        curves[name], moments[name] = curve(run, figures["start"], folder)
+    figures["SFT"] = figures[f"SFT, lr {rate:g}"]
+    figures["SFT, best moment"] = dipr1.evaluated(moments["SFT"], folder)
+    minutes = {name: sum(line["seconds"] for line in read_lines(folder / name / "metrics.jsonl")) / 60
+               for name in (*sft, *grpo)}
+    return dict(seed=seed, rate=rate, figures=figures, minutes=minutes, curves=curves)
 
 
 def compare(seeds, folder, **options):
-    """Compare on seeds 0 .. N-1; print mean and standard deviation, write all figures to compare.json."""
-    runs = []
+    """Compare on seeds 0 .. N-1; print mean and standard deviation, write all figures to compare.json and the
+    curves to curves.svg."""
+    runs, rates = [], SFT_RATES
     for seed in range(seeds):
-        runs.append(compare_once(seed, folder / f"seed-{seed}", **options))
+        runs.append(compare_once(seed, folder / f"seed-{seed}", rates, **options))
+        rates = [runs[0]["rate"]]
         if dipr1.rank_and_world()[0] == 0:
             (folder / "compare.json").write_text(json.dumps(runs, indent=2))
-    dipr1.print0(f"\n{'held-out images':<26}" + "".join(f"{name:>21}" for name in WAYS))
-    for figure in runs[0]["DIP-R1"]:
-        values = [[run[name].get(figure, np.nan) for run in runs] for name in WAYS]  # nan: no look
-        cells = [f"{np.mean(v):.3f} +- {np.std(v):.3f}" for v in values]
-        dipr1.print0(f"{figure:<26}" + "".join(f"{cell:>21}" for cell in cells))
+            draw_curves(runs, folder / "curves.svg")
+    mean = lambda values: f"{np.mean(values):.3f} +- {np.std(values):.3f}"
+    names = ["start", "SFT", "SFT, best moment", "start, answer alone", *WAYS]
+    print0 = dipr1.print0
+    print0(f"\n{seeds} seeds, held-out images; SFT's rate: {rates[0]:g}")
+    print0(f"{'':<32}" + "".join(f"{name:>21}" for name in names))
+    for crowd in dipr1.SCENES:
+        for figure in dipr1.SHOWN:
+            values = [[run["figures"][name][crowd].get(figure, np.nan) for run in runs] for name in names]
+            cells = map(mean, values)
+            print0(f"{crowd + ': ' + figure:<32}" + "".join(f"{cell:>21}" for cell in cells))
+    for name in runs[0]["minutes"]:
+        print0(f"minutes of {name}: {mean([run['minutes'][name] for run in runs if name in run['minutes']])}")
+
+
+def draw_curves(runs, path, width=460, height=300):
+    """F1 on the dense and the sparse crowd against minutes of training, mean over the seeds in the middle of
+    the range from least to most, as a picture (SVG)."""
+    last = max(minutes for run in runs for rows in run["curves"].values() for minutes, _ in rows)
+    shapes = []
+    def text(x, y, words, color="#333", anchor="start"):
+        shapes.append(f'<text x="{x:.0f}" y="{y:.0f}" fill="{color}" text-anchor="{anchor}">{words}</text>')
+    for panel, crowd in enumerate(("dense", "sparse")):
+        left = 40 + panel * (width + 60)
+        place = lambda x, f1: f"{left + width * x / last:.1f},{30 + height * (0.9 - f1) / 0.7:.1f}"
+        text(left, 18, f"F1, {crowd} scenes" + ("" if panel else " (trained on)"))
+        for tick in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+            (x, y), end = place(0, tick).split(","), place(last, tick)
+            shapes.append(f'<path d="M{x},{y} L{end}" stroke="#ddd"/>')
+            text(float(x) - 6, float(y) + 4, f"{tick:.1f}", anchor="end")
+        text(left + width / 2, height + 60, "minutes of training", anchor="middle")
+        for minute in range(int(last) + 1):
+            text(left + width * minute / last, height + 44, minute, anchor="middle")
+        for (name, color), above in zip((("SFT", "#d1495b"), ("DIP-R1", "#00798c")), (-10, 18)):
+            seeds = [run["curves"][name] for run in runs]
+            minutes = np.mean([[row[0] for row in rows] for rows in seeds], axis=0)
+            f1 = np.array([[row[1][crowd]["f1"] for row in rows] for rows in seeds])
+            band = [*zip(minutes, f1.max(axis=0)), *zip(minutes[::-1], f1.min(axis=0)[::-1])]
+            band = " ".join(place(*point) for point in band)
+            line = " ".join(place(*point) for point in zip(minutes, f1.mean(axis=0)))
+            shapes.append(f'<polygon points="{band}" fill="{color}" opacity=".15"/>')
+            shapes.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+            x, y = map(float, line.split()[-1].split(","))
+            text(x, y + above, name, color, "end")
+    size = f'width="{2 * width + 120}" height="{height + 75}"'
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
+                    + f'<rect {size} fill="white"/>' + "".join(shapes) + "</svg>\n")
 
 
 def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_was(tmp_path):
@@ -2079,15 +2142,23 @@ def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_wa
         starts.append(policy.model.lm_head.weight.clone())
         assert {prompt.record["method"] for prompt in prompts} == {cfg.method}
         return plain(policy, reference, optimizer, encoder, prompts, cfg, *rest)
-    small = dict(sft_steps=2, sft_batch=4, steps=1, prompts_per_step=2, max_new_tokens=20, samples=2)
-    with replaced(DEMO_SCENES=12, DEMO_HELD_OUT=4, grpo_step=watched):
+    small = dict(sft_steps=6, sft_batch=4, steps=6, prompts_per_step=2, group_size=2, max_new_tokens=16,
+                 samples=2)
+    scenes = {"sparse": (6, 2), "dense": (6, 2), "night": (0, 2)}
+    with replaced(SCENES=scenes, PRETRAINING=dict(sft_steps=2, steps=0), grpo_step=watched):
         for seeds in (1, 2):
             compare(seeds, tmp_path, **small)
     runs = json.loads((tmp_path / "compare.json").read_text())
-    assert len(runs) == 2 and list(runs[0]) == list(WAYS) and "look_reward" in runs[0]["DIP-R1"]
-    assert len(starts) == 6, "three ways on each of two seeds"
-    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
-    assert not torch.equal(starts[0], starts[3]) and torch.equal(starts[3], starts[5])
+    assert len(runs) == 2 and {"start", "SFT", "SFT, best moment", *WAYS} < set(runs[0]["figures"])
+    assert all(set(figures) == set(scenes) for run in runs for figures in run["figures"].values())
+    assert [len(rows) for run in runs for rows in run["curves"].values()] == 4 * [1 + POINTS]
+    assert len(runs[0]["minutes"]) == len(runs[1]["minutes"]) + len(SFT_RATES) - 1
+    best = max((row[1]["dense"]["f1"] for row in runs[0]["curves"]["SFT"][1:]))
+    assert runs[0]["figures"]["SFT, best moment"]["dense"]["f1"] == best
+    assert len(starts) == 6 * 4 * 2, "six steps, four ways, two seeds: what is done is not done again"
+    assert all(torch.equal(starts[0], starts[k]) for k in (6, 12, 18))
+    assert not torch.equal(starts[0], starts[24])
+    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 4
 
 
 def random_policy(name, device):
