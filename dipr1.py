@@ -1877,7 +1877,7 @@ def evaluated(run, folder, crowds=tuple(SCENES)):
 
 
 def run_demo(cfg):
-    """`--demo`, the paper's situation in miniature: a model that knows streets meets a crowd, with few labels.
+    """`--demo`, the paper's situation in miniature: a model that can see meets a crowd, with few labels.
 
     A tiny model is pretrained on sparse scenes. From there SFT and `--method` train it on the same 400 dense
     scenes, for the same time. All three are evaluated on held-out scenes: the sparse ones, which may be

@@ -1265,19 +1265,26 @@ def test_the_demo_end_to_end_in_small(tmp_path, launcher):
     import sys
     sys.path.insert(0, {str(HERE)!r})
     import data_prep, dipr1
-    dipr1.DEMO_SCENES, dipr1.DEMO_HELD_OUT, synthetic = 12, 4, data_prep.synthetic
+    dipr1.SCENES, synthetic = {{"sparse": (12, 2), "dense": (6, 4), "night": (0, 2)}}, data_prep.synthetic
+    dipr1.PRETRAINING = dict(sft_steps=2, steps=0)
     data_prep.synthetic = lambda *args, **more: (print("scenes are drawn"), synthetic(*args, **more))
     dipr1.main()
 """)
     shown = run(*launcher, tmp_path / "small.py", "--demo", "--output_dir", tmp_path, "--seed", 3,
-                "--sft_steps", 2, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2, "--picture_every",
+                "--sft_steps", 3, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2, "--picture_every",
                 1, "--max_new_tokens", 16)
-    assert shown.count("scenes are drawn") == shown.count("held-out images") == 1
+    assert shown.count("scenes are drawn") == 3 and shown.count("held-out images") == 1
     assert "Traceback" not in shown and "UserWarning" not in shown
     summary = json.loads((tmp_path / "summary.json").read_text())
-    names = {"precision", "f1", "jaccard", "format_rate", "look_reward", "sampled_f1"}
-    assert summary["seed"] == 3 and names <= set(summary["sft"]) == set(summary["dip-r1"])
-    assert len(lines_of(tmp_path)) == 3 and list((tmp_path / "pictures").iterdir())
+    assert summary["seed"] == 3 and summary["seconds"] > 0
+    names = {"precision", "f1", "jaccard", "format_rate", "look_reward", "sampled_f1", "sampled_look_reward"}
+    for name, steps in {"start": 2, "sft": 3, "dip-r1": 1}.items():
+        assert all(names <= set(summary[name][crowd]) for crowd in ("sparse", "dense", "night"))
+        assert len(lines_of(tmp_path / name)) == steps
+    assert list((tmp_path / "dip-r1/pictures").iterdir())
+    assert Image.open(tmp_path / "crowd.png").height == 3 * 472
+    again = run(tmp_path / "small.py", "--demo", "--output_dir", tmp_path, expect=1)
+    assert "holds a run already" in again and "are drawn" not in again  # nothing is overwritten
 
 
 def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_written(tiny, tmp_path, capsys):
@@ -1695,7 +1702,7 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
 @pytest.mark.parametrize("command, said", [
     ("crowdhuman x --split train --out o --stride 2", "unrecognized"), ("coco x --out o", "required"),
     ("uavdt x --split val --out o", "invalid choice"), ("uavdt x --split train --out o --stride 0", "than 1"),
-    ("synthetic --out o --images 1 --val 2", "--images 1 is too few"), ("synthetic --out o --size 20", "too small"),
+    ("synthetic --out o --images 1 --val 2", "images 1 is too few"), ("synthetic --out o --size 20", "small"),
 ])
 def test_what_a_command_does_not_take_is_refused_before_anything_is_written(command, said, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -2051,15 +2058,13 @@ def compare_once(seed, folder, rates, **options):
     and the curves of SFT and DIP-R1. The pretraining writes each scene in both templates, so that all ways go
     on from the same weights. Interrupted, it goes on."""
     options = {**dipr1.DEMO, "seed": seed, "output_dir": str(folder), "resume": True, "keep": 0, **options}
-    cfg = Config(**options)
+    cfg, both = Config(**options), folder / "sparse/both.jsonl"
     dipr1.draw_demo(folder, seed)
     if dipr1.rank_and_world()[0] == 0:
         lines = read_lines(folder / "sparse/train.jsonl")
-        both = (line | {"method": method} for method in METHODS for line in lines)
-        write(folder / "sparse/both.jsonl", *both)
+        write(both, *(line | {"method": method} for method in METHODS for line in lines))
     dipr1.barrier()
-    pretraining = dict(model=str(folder / "tiny"), data=str(folder / "sparse/both.jsonl"), **dipr1.PRETRAINING)
-    start = dipr1.trained(cfg, "start", **pretraining)
+    start = dipr1.trained(cfg, "start", model=str(folder / "tiny"), data=str(both), **dipr1.PRETRAINING)
     cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
     sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
            for rate in rates}
