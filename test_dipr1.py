@@ -2031,7 +2031,7 @@ SFT_RATES = 2e-4, 5e-4, 1e-3  # SFT has the best of them, found on seed 0
 WAYS = {  # what goes on from the start, beside SFT
     "Perception-R1": dict(method="perception-r1"), "DIP-R1 without look": dict(look_weight=0.0),
     "DIP-R1, plain sum": dict(look_credit="completion"), "DIP-R1": dict()}
-POINTS = 6  # of a curve, beside its start
+CURVES, POINTS = {"SFT": "#d1495b", "DIP-R1": "#00798c"}, 6  # the colour of each; checkpoints of a way
 SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
     "small": ((6, 256, 512, 4, 512), (16384, 512, 1536, 4, 8, [8, 12, 12]), False, (32, 32), [128]),
     "3b": ((32, 1280, 3420, 16, 2048), (151936, 2048, 11008, 36, 16, [16, 24, 24]), True, (64, 80),
@@ -2074,7 +2074,7 @@ def compare_once(seed, folder, rates, **options):
     figures = {name: dipr1.evaluated(run, folder) for name, run in runs.items()}
     rate = max(rates, key=lambda rate: figures[f"SFT, lr {rate:g}"]["dense"]["f1"])
     curves, moments = {}, {}
-    for name, run in {"SFT": runs[f"SFT, lr {rate:g}"], "DIP-R1": runs["DIP-R1"]}.items():
+    for name, run in zip(CURVES, (runs[f"SFT, lr {rate:g}"], runs["DIP-R1"])):
         curves[name], moments[name] = curve(run, figures["start"], folder)
     figures["SFT"] = figures[f"SFT, lr {rate:g}"]
     figures["SFT, best moment"] = dipr1.evaluated(moments["SFT"], folder)
@@ -2107,38 +2107,30 @@ def compare(seeds, folder, **options):
         print0(f"minutes of {name}: {mean([run['minutes'][name] for run in runs if name in run['minutes']])}")
 
 
-def draw_curves(runs, path, width=460, height=300):
-    """F1 on the dense and the sparse crowd against minutes of training, mean over the seeds in the middle of
-    the range from least to most, as a picture (SVG)."""
+def draw_curves(runs, path, width=420, height=280):
+    """F1 on the dense and the sparse crowd against minutes of training, a line per seed, as an SVG."""
     last = max(minutes for run in runs for rows in run["curves"].values() for minutes, _ in rows)
     shapes = []
-    def text(x, y, words, color="#333", anchor="start"):
-        shapes.append(f'<text x="{x:.0f}" y="{y:.0f}" fill="{color}" text-anchor="{anchor}">{words}</text>')
-    for panel, crowd in enumerate(("dense", "sparse")):
-        left = 40 + panel * (width + 60)
-        place = lambda x, f1: f"{left + width * x / last:.1f},{30 + height * (0.9 - f1) / 0.7:.1f}"
-        text(left, 18, f"F1, {crowd} scenes" + ("" if panel else " (trained on)"))
-        for tick in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-            (x, y), end = place(0, tick).split(","), place(last, tick)
-            shapes.append(f'<path d="M{x},{y} L{end}" stroke="#ddd"/>')
-            text(float(x) - 6, float(y) + 4, f"{tick:.1f}", anchor="end")
-        text(left + width / 2, height + 60, "minutes of training", anchor="middle")
+    def text(x, y, words, color="#333"):
+        shapes.append(f'<text x="{x:.0f}" y="{y:.0f}" fill="{color}">{words}</text>')
+    for left, crowd in (50, "dense"), (120 + width, "sparse"):
+        at = lambda minutes, f1: (left + width * minutes / last, 40 + height * (0.9 - f1) / 0.7)
+        text(left, 20, f"F1 on held-out {crowd} scenes; minutes of training on the dense ones")
+        for tick in np.arange(0.2, 0.91, 0.1):
+            x, y = at(0, tick)
+            shapes.append(f'<path d="M{x},{y:.1f} h{width}" stroke="#ddd"/>')
+            text(x - 30, y + 5, f"{tick:.1f}")
         for minute in range(int(last) + 1):
-            text(left + width * minute / last, height + 44, minute, anchor="middle")
-        for (name, color), above in zip((("SFT", "#d1495b"), ("DIP-R1", "#00798c")), (-10, 18)):
-            seeds = [run["curves"][name] for run in runs]
-            minutes = np.mean([[row[0] for row in rows] for rows in seeds], axis=0)
-            f1 = np.array([[row[1][crowd]["f1"] for row in rows] for rows in seeds])
-            band = [*zip(minutes, f1.max(axis=0)), *zip(minutes[::-1], f1.min(axis=0)[::-1])]
-            band = " ".join(place(*point) for point in band)
-            line = " ".join(place(*point) for point in zip(minutes, f1.mean(axis=0)))
-            shapes.append(f'<polygon points="{band}" fill="{color}" opacity=".15"/>')
-            shapes.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-            x, y = map(float, line.split()[-1].split(","))
-            text(x, y + above, name, color, "end")
-    size = f'width="{2 * width + 120}" height="{height + 75}"'
+            text(at(minute, 0)[0] - 4, height + 60, minute)
+        for name, color in CURVES.items():
+            for run in runs:
+                points = [at(minutes, figures[crowd]["f1"]) for minutes, figures in run["curves"][name]]
+                line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+                shapes.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+            text(points[-1][0] + 4, points[-1][1] + 5, name, color)
+    size = f'width="{2 * width + 190}" height="{height + 75}"'
     path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
-                    + f'<rect {size} fill="white"/>' + "".join(shapes) + "</svg>\n")
+                    f'<rect {size} fill="white"/>{"".join(shapes)}</svg>\n')
 
 
 def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_was(tmp_path):
@@ -2163,7 +2155,7 @@ def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_wa
     assert len(starts) == 6 * 4 * 2, "six steps, four ways, two seeds: what is done is not done again"
     assert all(torch.equal(starts[0], starts[k]) for k in (6, 12, 18))
     assert not torch.equal(starts[0], starts[24])
-    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 4
+    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2 * 2 * 2  # crowds, ways, seeds
 
 
 def random_policy(name, device):
