@@ -103,7 +103,7 @@ class Config:
 
     format_weight: float = flag(1.0, "w_f", 0)
     look_weight: float = flag(0.25, "w_l; the look is learned fast, and more of it costs precision", 0)
-    recall_weight: float = flag(0.65, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0)
+    recall_weight: float = flag(0.85, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0)
     look_credit: Literal["section", "completion"] = flag("section", "the tokens that earn the look reward")
 
     sft_steps: int = flag(0, "supervised steps before GRPO, on the truth written in the template", 0)
@@ -332,12 +332,12 @@ def look_rewards(responses, width, height):
 
 
 # r_acc = (1-w) P + w R,   P = TP / n_pred,   R = TP / n_gt
-def accuracy_reward(pred, gt, ignore=None, recall_weight=0.65, iou_threshold=0.5):
+def accuracy_reward(pred, gt, ignore=None, recall_weight=0.85, iou_threshold=0.5):
     """Weighted precision and recall of (n, 4) boxes in [0, 1]; `pred` None (unparseable) earns 0.
 
     Our reading of the paper's weighted precision-recall. Nothing there and nothing predicted: 1; one of the
     two empty: 0. A trap: with w = 0.5, dropping a doubtful box pays whenever its chance to be right is below
-    half the current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.65.
+    half the current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.85.
     """
     if pred is None:
         return 0.0
@@ -1725,9 +1725,9 @@ def load_predictions(path, records):
 
 def report(path, columns, about):
     """Print {name: figures} side by side, and write `about` as JSON."""
-    print0(f"\n{'held-out images':<26}" + "".join(f"{name:>15}" for name in columns))
+    print0(f"\n{'held-out images':<32}" + "".join(f"{name:>15}" for name in columns))
     for figure in next(iter(columns.values())):
-        print0(f"{figure:<26}" + "".join(f"{values[figure]:>15.3f}" for values in columns.values()))
+        print0(f"{figure:<32}" + "".join(f"{values[figure]:>15.3f}" for values in columns.values()))
     if rank_and_world()[0] == 0:
         with written_whole(path) as file:
             json.dump(about, file, indent=2)
@@ -1884,6 +1884,8 @@ def run_demo(cfg):
     forgotten, the dense crowd, and a night that nobody was trained on.
     """
     began, folder = time.time(), Path(cfg.output_dir)
+    if not (cfg.sft_steps and cfg.steps):
+        raise SystemExit(f"--demo compares SFT and {cfg.method}: neither --sft_steps nor --steps may be 0")
     refuse_second_run(replace(cfg, output_dir=str(folder / "start")))
     draw_demo(folder, cfg.seed)
     sparse, dense = (str(folder / crowd / "train.jsonl") for crowd in ("sparse", "dense"))
