@@ -96,6 +96,13 @@ def write(path, *content):
     return path
 
 
+def refused(said, call, *args, **options):
+    """The call ends the program with one line, which matches."""
+    with pytest.raises(SystemExit, match=said) as stop:
+        call(*args, **options)
+    assert type(stop.value.code) is str and "\n" not in stop.value.code
+
+
 def read_lines(path):
     return data_prep.read_jsonl(path, dict)
 
@@ -728,8 +735,7 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_
 ], ids=lambda text: ascii(text[-40:]))
 def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, line, said):
     path = write(tmp_path / "d.jsonl", line_of(), "", line.encode("latin-1"))
-    with pytest.raises(SystemExit, match=f"d.jsonl, line 3: .*{said}"):
-        dipr1.load_records(path)
+    refused(f"d.jsonl, line 3: .*{said}", dipr1.load_records, path)
 
 
 def test_a_line_ends_at_a_line_feed_may_hold_any_character_and_a_box_may_overhang_by_a_pixel(tmp_path):
@@ -740,8 +746,7 @@ def test_a_line_ends_at_a_line_feed_may_hold_any_character_and_a_box_may_overhan
     assert first["target"] == second["target"] == "a\u2028b\x85c \xe9" and first["labels"][0] == "d\u2029"
     assert first["boxes"].tolist() == [[0, 2, 50, 50], [0, 0, 1, 1]] and first["points"].tolist() == [[50, 3]]
     assert first["path"] == str(tmp_path / "x.png")
-    with pytest.raises(SystemExit, match="gone: No such file"):
-        read_lines(tmp_path / "gone")
+    refused("gone: No such file", read_lines, tmp_path / "gone")
 
 
 def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_run(tiny, tmp_path, capsys):
@@ -759,8 +764,7 @@ def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_r
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     for record in records[:3]:
         record["path"] = "gone.png"
-    with pytest.raises(SystemExit, match="more than 1% of the images"):
-        list(dipr1.batches(encoder, records, 24, seed=0, steps=10))
+    refused("more than 1% of the images", list, dipr1.batches(encoder, records, 24, seed=0, steps=10))
 
 
 def step_config(**options):
@@ -885,13 +889,12 @@ def test_ten_skipped_updates_in_a_row_stop_the_run_and_so_do_metrics_that_cannot
     metrics = {"loss": NAN, "grad_norm": INF, "skipped": 1.0}
     for step in range(19):
         log.write("grpo", step, metrics | {"skipped": float(step != 9)}, bar)
-    with pytest.raises(SystemExit, match="grpo step 19: ten updates in a row not finite .loss nan, .*inf"):
-        log.write("grpo", 19, metrics, bar)
+    said = "grpo step 19: ten updates in a row not finite .loss nan, .*inf"
+    refused(said, log.write, "grpo", 19, metrics, bar)
     written = [json.loads(line, parse_constant=pytest.fail) for line in open(tmp_path / "metrics.jsonl")]
     assert len(written) == 20 and written[0]["loss"] is None, "NaN is not JSON"
     log.file = open("/dev/full", "a")
-    with pytest.raises(SystemExit, match="metrics.jsonl: .* No space left on device. Make room"):
-        log.write("grpo", 20, metrics, bar)
+    refused("metrics.jsonl: .* No space left on device. Make room", log.write, "grpo", 20, metrics, bar)
     with pytest.raises(OSError):
         log.file.close()  # it tries once more
 
@@ -1146,8 +1149,7 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
             (one_box | {"boxes": [[1, 2, 3, NAN]]}, "nan"), ({"image": "0.png"}, "no 'boxes'"),
             ({"image": []}, ""), (one_box | {"samples": [{"boxes": [[1]]}]}, "boxes, row 1"),
             (one_box | {"labels": ["a", "b"]}, "2 labels for 1 boxes")):
-        with pytest.raises(SystemExit, match=f"p.jsonl, line {1 + (line is lines[1])}: .*{said}"):
-            score(line, *lines[1:])
+        refused(f"p.jsonl, line {1 + (line is lines[1])}: .*{said}", score, line, *lines[1:])
 
 
 def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
@@ -1171,16 +1173,15 @@ def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
     assert len(list((tmp_path / "eval/pictures").iterdir())) == 8
     again = evaluation_of(tmp_path / "again", *flags, "--predictions", tmp_path / "eval/predictions.jsonl")
     assert again | {"source": 0} == figures | {"source": 0}
-    with pytest.raises(SystemExit, match="line 5: .*'grounding' does not go with --method dip-r1"):
-        dipr1.load_records(four_tasks)
+    refused("line 5: .*'grounding' does not go with --method dip-r1", dipr1.load_records, four_tasks)
     # A count without points is evaluated by its number, and not trained on.
     line = next(line for line in read_lines(four_tasks) if line["task"] == "counting")
     line["count"] = len(line.pop("points"))
     flags += ["--data", write(tmp_path / "d.jsonl", line), "--model", tiny[0]]
     figures = evaluation_of(tmp_path / "count", *flags, "--eval", "--samples", 2)
     assert {"exact_count", "count_mae", "format_rate"} <= set(figures) and "accuracy_reward" not in figures
-    with pytest.raises(SystemExit, match="without points: they can be evaluated, not trained on"):
-        main(*flags, "--output_dir", tmp_path / "run")
+    said = "without points: they can be evaluated, not trained on"
+    refused(said, main, *flags, "--output_dir", tmp_path / "run")
 
 
 def test_figures_of_the_other_tasks_by_hand(tmp_path):
@@ -1282,18 +1283,17 @@ def test_the_demo_end_to_end_in_small(tmp_path, launcher):
 
 def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_written(tiny, tmp_path, capsys):
     out, flags = tmp_path / "out", training(tiny, tmp_path / "out")
-    def refused(said, *more):
-        with pytest.raises(SystemExit, match=said) as error:
-            main(*flags, *more)
-        assert isinstance(error.value.code, str) and "\n" not in error.value.code and not out.exists()
+    def refused_at_once(said, *more):
+        refused(said, main, *flags, *more)
+        assert not out.exists()
     message = run("dipr1.py", *flags, "--data", tmp_path / "no.jsonl", expect=1)
     assert "data_prep.py crowdhuman" in message and "--demo" in message and "Traceback" not in message
     for flag, value, why in (("group_size", 1, "at least 2"), ("temperature", 0, "at le"), ("lr", "nan", ""),
                              ("max_new_tokens", 0, "at least 1"), ("prompts_per_step", 0, "at least 1")):
-        refused(f"--{flag} {value}.*{why}", f"--{flag}", value)
-    refused("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
+        refused_at_once(f"--{flag} {value}.*{why}", f"--{flag}", value)
+    refused_at_once("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
     lost = write(tmp_path / "d.jsonl", *(line_of(image=f"{number}.png") for number in range(6)))
-    refused("6 of 6 images are not there, the first is .*0", "--data", lost)
+    refused_at_once("6 of 6 images are not there, the first is .*0", "--data", lost)
     config, file = (tiny[0] / "config.json").read_text(), tiny[0] / "model.safetensors"
     weights = load_file(file)
     for number, (said, name, content) in enumerate([
@@ -1303,18 +1303,17 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
             ("it is a qwen2_vl", "config.json", config.replace('"qwen2_5_vl"', '"qwen2_vl"'))]):
         shutil.copytree(tiny[0], model := tmp_path / str(number))
         write(model / name, content)
-        refused(f"cannot load --model {model}: .*{said}.*", "--model", model)
+        refused_at_once(f"cannot load --model {model}: .*{said}.*", "--model", model)
     shutil.copytree(tiny[0], model := tmp_path / "model")
     for path in model.glob("tokenizer*"):
         path.unlink()  # transformers would make an empty one
-    refused("its tokenizer is missing", "--model", model)
-    refused("File exists: .*config.json", "--output_dir", model / "config.json")
+    refused_at_once("its tokenizer is missing", "--model", model)
+    refused_at_once("File exists: .*config.json", "--output_dir", model / "config.json")
     # That images have another size than their lines say is found later, and it can be started again.
     lines = read_lines(tiny[1])
     data = write(tmp_path / "d.jsonl", *(line | {"width": 500} for line in lines))
     flags += ["--sft_steps", "3", "--steps", "0", "--data", str(data)]
-    with pytest.raises(SystemExit, match=r".png is \(.*its line in the data says \(500"):
-        main(*flags)
+    refused(r".png is \(.*its line in the data says \(500", main, *flags)
     write(data, *lines)
     capsys.readouterr()
     _, encoder, prompts = load(tiny)
@@ -1323,8 +1322,7 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
     said = capsys.readouterr().out
     assert f"--max_new_tokens {longest - 1}" in said and "1 of 6 images" in said, "that do not fit"
     assert (out / "checkpoint-000003").exists(), "--steps 0 ends with a checkpoint, too"
-    with pytest.raises(SystemExit, match="holds a run already: --resume it"):
-        main(*flags)
+    refused("holds a run already: --resume it", main, *flags)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1391,8 +1389,8 @@ def test_a_cut_checkpoint_is_recognised_and_another_run_is_refused(taught, finis
             ("its processes was 1 and is 2", 2), ("its data_sha256 was", 1)):
         cfg = dipr1.parse_flags(training(taught, finished, "--resume", *more))
         write(taught[1], content + b"\n" * ("sha256" in said))
-        with replaced(rank_and_world=lambda: (0, processes)), pytest.raises(SystemExit, match=said):
-            dipr1.find_checkpoint(cfg)
+        with replaced(rank_and_world=lambda: (0, processes)):
+            refused(said, dipr1.find_checkpoint, cfg)
         write(taught[1], content)
 
 
@@ -1687,8 +1685,7 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
     assert len(convert("crowdhuman --split train --no_verify", root)) == 3  # a header does not show the cut
     (root / "annotation_train.odgt").rename(root / "annotation_val.odgt")  # only training has a limit unasked
     assert [len(r["boxes"]) for r in convert("crowdhuman --split val", root)] == [3, 41, 0]
-    with pytest.raises(SystemExit, match="out.jsonl"):  # one line, where nothing can be written
-        convert("crowdhuman --split val", root, out=root / "annotation_val.odgt/out.jsonl")
+    refused("out.jsonl", convert, "crowdhuman --split val", root, out=root / "annotation_val.odgt/out.jsonl")
 
 
 @pytest.mark.parametrize("command, said", [
@@ -1757,11 +1754,9 @@ def test_uavdt_rows_are_sorted_by_target_and_a_file_without_classes_is_refused(t
     strided = convert("uavdt --split train --stride 2 --target car", root)
     assert [(r["image"][-7:], r["target"]) for r in strided] == [("001.jpg", "car"), ("003.jpg", "car")]
     write(root / "GT/M0101_gt_whole.txt", "1,1,0,0,9,9,1,1,-1")  # gt.txt under the name of gt_whole.txt
-    with pytest.raises(SystemExit, match="M0101_gt_whole.txt, line 1.*gt_whole.txt"):
-        convert("uavdt --split train", root)
+    refused("M0101_gt_whole.txt, line 1.*gt_whole.txt", convert, "uavdt --split train", root)
     (root / "GT/M0101_gt_whole.txt").rename(root / "GT/M0101_gt.txt")
-    with pytest.raises(SystemExit, match="looked there for M0101_gt_whole.txt"):
-        convert("uavdt --split train", root)
+    refused("looked there for M0101_gt_whole.txt", convert, "uavdt --split train", root)
 
 
 def coco_layout(root, rows, images=("a.jpg", "b.jpg"), names=((1, "person"), (90, "toothbrush")), **sizes):
@@ -1826,8 +1821,7 @@ def test_images_are_found_by_all_that_their_name_says(tmp_path, capsys):
     assert found == ["val2017/" + names[0], "val2017/" + names[2], "contest/y.jpg", "val2017/bare.jpg"]
     assert "seq2/0001.jpg: No such file" in capsys.readouterr().err
     make_images([root / "more/bare.jpg"])
-    with pytest.raises(SystemExit, match="bare.jpg may be"):
-        convert("coco --split val", root)
+    refused("bare.jpg may be", convert, "coco --split val", root)
 
 
 def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monkeypatch, capsys):
@@ -1850,17 +1844,14 @@ def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monke
                  "target": "the left one", "boxes": [[10, 20, 40, 60]]} and b["target"] == "red shirt"
     assert "1  left out: faulty annotations" in capsys.readouterr().out  # outside the image
     write(root / "refs(google).p")
-    with pytest.raises(SystemExit, match="found refs.google..p, refs.unc..p; name it as ROOT"):
-        convert("refcoco --split train", root)
+    refused("found refs.google..p, refs.unc..p; name it as ROOT", convert, "refcoco --split train", root)
     assert len(convert("refcoco --split testA", refs)) == 1
-    with pytest.raises(SystemExit, match="needs --split"):
-        convert("refcoco", refs)
+    refused("needs --split", convert, "refcoco", refs)
     names = "refs.unc..p: UnpicklingError: it names"
     for content, said in [(pickle.dumps(rude), names) for rude in (Rude(), [Path("x")], np.zeros(2))] + [
             (pickle.dumps(phrases)[:-9], "refs.unc..p: ")]:
         write(refs, content)
-        with pytest.raises(SystemExit, match=said):
-            convert("refcoco --split train", refs, out=tmp_path / "none")
+        refused(said, convert, "refcoco --split train", refs, out=tmp_path / "none")
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "none").exists()
 
 
@@ -1934,8 +1925,7 @@ def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(
     make_images([root / "a.jpg", root / "Images/a.jpg", root / "leftImg8bit/val/a.jpg"])
     monkeypatch.chdir(root)
     path, command = write(root / file, content), command + " --split val" * (not is_list)
-    with pytest.raises(SystemExit, match=said):
-        convert(command, path if is_list else root, out=tmp_path / "out")
+    refused(said, convert, command, path if is_list else root, out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
