@@ -53,6 +53,7 @@ NAN, INF = float("nan"), float("inf")
 SCENARIOS = [dict(), dict(zero_odd=True, beta=0.0), dict(freeze_vision=True, tokens_per_forward=10_000),
              dict(num_iterations=2, gradient_checkpointing=True)]  # of training with two processes
 IMAGE = (100, 80)  # width, height of the pictures that we make
+replaced = functools.partial(mock.patch.multiple, dipr1)  # for a while, in processes unknown to pytest too
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the real annotation files")
 
 
@@ -104,11 +105,6 @@ def refused(said, call, *args, **options):
 
 def read_lines(path):
     return data_prep.read_jsonl(path, dict)
-
-
-def replaced(**functions):
-    """Functions of dipr1 replaced for a while, also in processes that pytest does not know."""
-    return mock.patch.multiple(dipr1, **functions)
 
 
 def line_of(**fields):
@@ -195,14 +191,14 @@ def test_a_hundred_thousand_mutated_completions_earn_finite_rewards_within_bound
     qwen = '[{"bbox_2d": [9, 11, 41, 58], "label": "a"}, {"bbox_2d": [31, 12, 69, 66], "label": "b"}]'
     whole = [completion(), completion(answer=qwen), completion(look="[]", answer=f"```json\n{qwen}\n```"),
              completion(look="[[5, 5, 80, 80]]", answer="[[10, 10, 40.5, 60], [30, 12, 70, 66]]")]
+    tags = [f"<{slash}{name}>" for name in dipr1.SECTIONS for slash in ("", "/")]
     def mutated(text):
-        """A few accidents: characters lost or exchanged, pieces moved, repeated or cut off."""
+        """A few accidents: of pieces lost, repeated or replaced by a character, a tag or another piece."""
         for _ in range(rng.integers(1, 6)):
-            a, b = sorted(rng.integers(0, len(text) + 1, 2))
-            tag = f"<{rng.choice(['', '/'])}{rng.choice(dipr1.SECTIONS)}>"
-            typo = rng.choice(list('0123456789-.,[]{}"<>/ \\\n\0é'))
-            text = text[:a] + [text[a + 1:], text[a:b] * 2 + text[b:], "", text[b:], typo + text[a + 1:],
-                               tag + text[a:], text[b:] + text[:a], "9" * int(b - a)][rng.integers(8)]
+            a, b, c = sorted(rng.integers(0, len(text) + 1, 3))
+            b = rng.choice([a, a + 1, b])
+            others = ["", text[a:b] * 2, text[b:c], "9" * (c - b), *tags, *'0123456789-.,[]{}"<>/ \\\n\0é']
+            text = text[:a] + others[rng.integers(len(others))] + text[b:]
         return text
     for number in range(12_500):
         prompt = prompts[number % len(prompts)]
@@ -303,21 +299,25 @@ def test_look_rewards_equal_the_definition_a_cell_and_a_completion_at_a_time():
             assert reward == pytest.approx(0 if response.look is None else naive(response, others))
 
 
-def test_look_rewards_and_what_hacks_of_them_earn_by_hand():
-    def response(answer, look=()):
-        return Response("t", None if look is None else boxes(*look), boxes(*answer), True)
-    split = [response([PERSON]), response([PERSON, OTHER])]  # two completions that split over OTHER
-    reward = lambda look: dipr1.look_rewards([response([], look), *split], 112, 112)[0]
-    assert reward([OTHER]) == reward([OTHER] * 50) == 1  # the doubtful person; duplicates change nothing
-    assert reward([PERSON]) == reward([]) == reward(None) == 0  # all agree on that person
-    assert reward([[56, 0, 84, 28]]) == pytest.approx(2 * 4 / (4 + 8))
-    assert reward([[0, 0, 112, 112]]) == pytest.approx(2 * 8 / (64 + 8))  # the whole image: 0.22
+def test_dip_r1s_rewards_and_what_hacks_of_the_look_earn_by_hand():
+    def rewards(*looks_and_answers):
+        prompt = prompt_of("detection", [PERSON, [56, 0, 84, 100]], "dip-r1")
+        texts = [completion(str(look), str(answer)) for look, answer in looks_and_answers]
+        return dipr1.group_rewards(Group(prompt, [], texts=texts), 0.65)
+    split = ([], [PERSON]), ([], [PERSON, OTHER])  # two completions that split over OTHER
+    look = lambda regions: rewards((regions, []), *split)[0, 1].item()
+    assert look([OTHER]) == look([OTHER] * 50) == 1  # the doubtful person; duplicates change nothing
+    assert look([PERSON]) == look([]) == look(None) == 0  # all agree on that person
+    assert look([[56, 0, 84, 28]]) == pytest.approx(2 * 4 / (4 + 8))
+    assert look([[0, 0, 100, 100]]) == pytest.approx(2 * 8 / (49 + 8))  # the whole image: 0.28
     # Being the outlier does not manufacture what one is paid for: the others agree, there is nothing to find.
-    outlier = response([[84, 84, 112, 112]], [[84, 84, 112, 112]])
-    assert dipr1.look_rewards([outlier, response([PERSON]), response([PERSON])], 112, 112)[0] == 0
+    assert rewards(([[84, 84, 98, 98]], [[84, 84, 98, 98]]), split[0], split[0])[0, 1] == 0
     # One box over two people disagrees with a box for each, though both cover the same cells.
-    merged, apart = response([[0, 0, 56, 56]]), response([[0, 0, 42, 56], [14, 0, 56, 56]])
-    assert dipr1.look_rewards([response([], [[14, 0, 42, 56]]), merged, apart], 112, 112)[0] == 1
+    merged, apart = [[0, 0, 56, 56]], [[0, 0, 42, 56], [14, 0, 56, 56]]
+    assert rewards(([[14, 0, 42, 56]], []), ([], merged), ([], apart))[0, 1] == 1
+    # Format and accuracy; the third answer is clipped to the image, which makes it right.
+    found = rewards(*split, ([], [PERSON, [56, 0, 84, 999]]), (None, [])).tolist()
+    assert found == [[1, 0, pytest.approx(0.35 + 0.65 / 2)], [1, 0, 1], [1, 0, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("task, truth, answer, reward", [
@@ -340,16 +340,6 @@ def test_look_rewards_and_what_hacks_of_them_earn_by_hand():
 def test_answer_rewards_and_what_hacks_of_them_earn_by_hand(task, truth, answer, reward):
     form, earned = judged(f"<answer>{answer}</answer>", prompt_of(task, truth))
     assert form == 1 and earned == pytest.approx(reward, abs=1e-3)
-
-
-def test_dip_r1s_rewards_are_format_look_and_accuracy_of_what_is_inside_the_image():
-    answers = [[PERSON], [PERSON, OTHER], [PERSON, [56, 0, 84, 999]]]  # the last is clipped to OTHER
-    texts = [completion(str([OTHER]), str(answer)) for answer in answers] + ["<answer>[]</answer>"]
-    prompt = prompt_of("detection", [PERSON, [56, 0, 84, 100]], "dip-r1")
-    rewards = dipr1.group_rewards(Group(prompt, [], texts=texts), 0.65)
-    look = dipr1.look_rewards([dipr1.parse_response(text) for text in texts], 100, 100)
-    assert rewards[:, 0].tolist() == [1, 1, 1, 0] and rewards[:, 1].tolist() == look.tolist() and look[0] > 0
-    assert rewards[:, 2].tolist() == pytest.approx([0.35 + 0.65 / 2, 1, 1, 0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -426,11 +416,10 @@ def tiny(tmp_path_factory):
     rng, records = np.random.default_rng(0), []
     sizes = [(112, 112), (168, 84), (70, 150), (112, 112), (300, 40), (56, 56)]
     for number, (width, height) in enumerate(sizes):
-        noise = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{number}.png")
+        image = folder / f"{number}.png"
         people = [[5, 5, 30, 35], [20, 10, 45, 38], [1, 1, 9, 12]][: number % 4]
-        image = str(folder / f"{number}.png")
-        records.append(dict(image=image, width=width, height=height, target="person", boxes=people))
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(image)
+        records.append(line_of(image=str(image), width=width, height=height, boxes=people))
     return folder / "model", write(folder / "train.jsonl", *records)
 
 
@@ -841,8 +830,10 @@ def test_a_step_makes_likelier_what_earned_more_and_runs_tower_and_layers_no_mor
         with replaced(group_rewards=rewards_by_index()):
             metrics, groups = dipr1.grpo_step(policy, reference, optimizer, encoder, prompts, cfg, 0, 1e-3)
         assert (calls.count("tower"), calls.count("decoder")) == (tower, decoder), options
-        gains = [((policy([g]) - g.rollout_logp) * g.advantages).sum().item() for g in groups]
-        assert gains[0] > 0 and gains[1] > 0 and metrics["lost_images"] == 1
+        assert metrics["lost_images"] == 1
+        for group in groups[:2]:  # every completion is a token long
+            earned = dipr1.total_reward(rewards_by_index()(group, 0), cfg)
+            assert ((policy([group]) - group.rollout_logp) * (earned - earned.mean())).sum() > 0
 
 
 def test_ten_skipped_updates_in_a_row_stop_the_run_and_so_do_metrics_that_cannot_be_written(tmp_path):
@@ -1262,7 +1253,7 @@ def taught(tiny, tmp_path_factory):
     """The tiny model and its data, after some lessons: its answers earn rewards, which differ."""
     policy, encoder, prompts = load(tiny)
     optimizer, folder = dipr1.make_optimizer(policy), tmp_path_factory.mktemp("taught")
-    for _ in range(20):
+    for _ in range(60):
         dipr1.sft_step(policy, optimizer, encoder, prompts, step_config(tokens_per_forward=2000), 3e-3)
     for part in (policy.model, encoder.tokenizer, encoder.image_processor):
         part.save_pretrained(folder)
@@ -1713,7 +1704,9 @@ def test_images_are_found_by_all_that_their_name_says(tmp_path, capsys):
     refused("bare.jpg may be", convert, "coco --split val", root)
 
 
-def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monkeypatch, capsys):
+def test_refcoco_gives_each_phrase_a_line_opens_an_image_once_and_runs_no_pickle(
+        tmp_path, monkeypatch, claimed, capsys):
+    claimed["*"] = IMAGE
     class Rude:
         def __reduce__(self):
             return os.system, ("touch pwned",)
@@ -1732,6 +1725,7 @@ def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monke
     assert a == {"image": "r/train2014/7.jpg", "width": 100, "height": 80, "task": "grounding",
                  "target": "the left one", "boxes": [[10, 20, 40, 60]]} and b["target"] == "red shirt"
     assert "1  left out: faulty annotations" in capsys.readouterr().out  # outside the image
+    assert claimed[None] == [root / "train2014/7.jpg"]
     write(root / "refs(google).p")
     refused("found refs.google..p, refs.unc..p; name it as ROOT", convert, "refcoco --split train", root)
     assert len(convert("refcoco --split testA", refs)) == 1
@@ -1818,10 +1812,6 @@ def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# At scale, and on real files
-
-
 @pytest.fixture
 def claimed(monkeypatch):
     """{name: size} of images that need not be there ("*": any other); `claimed[None]` lists who was asked."""
@@ -1836,12 +1826,6 @@ def totals(path):
     """(lines, boxes, ignore regions) of what dipr1.py accepts."""
     records = dipr1.load_records(path)
     return len(records), *(sum(len(record[name]) for record in records) for name in ("boxes", "ignore"))
-
-
-def test_an_image_with_many_phrases_is_opened_once(tmp_path, claimed):
-    claimed["*"] = IMAGE
-    entries = [ENTRY | {"image": f"{k % 3}.jpg"} for k in range(30)]
-    assert len(convert("refcoco", write(tmp_path / "l.json", entries))) == 30 and len(claimed[None]) == 3
 
 
 def test_converting_takes_the_same_memory_however_long_the_file(tmp_path):
@@ -2011,8 +1995,7 @@ def naive_rollout(policy, prompt, G, new_tokens):
 def our_rollout(policy, prompt, G, new_tokens):
     """`rollout`, with an EOS that never comes."""
     encoder = SimpleNamespace(eos=[-1], decode=lambda ids: "")
-    uniforms = dipr1.draw_uniforms(0, 0, 0, (G, new_tokens))[None]
-    return dipr1.rollout(policy, encoder, [prompt], new_tokens, uniforms)[0]
+    return sampled(policy, encoder, [prompt], G, new_tokens)[0]
 
 
 def one_step(policy, reference, prompt, G, new_tokens, rollout, score):
