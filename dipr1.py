@@ -1347,8 +1347,8 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
             for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
                 part.save_pretrained(beside)
         barrier()
-        with open(beside / f"optimizer-{rank}.pt", "wb") as file:  # given a path, torch would not say "full"
-            torch.save({"adamw": local.state_dict(), "masters": local.masters}, file)
+        state = {"adamw": local.state_dict(), "masters": local.masters}
+        torch.save(state, beside / f"optimizer-{rank}.pt")
         barrier()
         if rank == 0:
             sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
@@ -1362,7 +1362,7 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
             for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
                 if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
                     shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says of a full disk the last
         raise SystemExit(f"{final} could not be written: {error}. Make room, then --resume") from None
     barrier()
 
