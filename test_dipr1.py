@@ -1883,8 +1883,8 @@ def test_real_photos_convert_with_their_annotations(tmp_path, name, right):
 # Perception-R1 and DIP-R1 from one start, on the same scenes, for the same time
 
 SFT_RATES = 1e-4, 2e-4, 5e-4  # SFT has the best of them, found on seed 0
-WAYS = {  # what goes on from the start, beside SFT
-    "Perception-R1": dict(method="perception-r1"), "DIP-R1 without look": dict(look_weight=0.0),
+WAYS = {  # what goes on from the start, beside SFT; Perception-R1's steps are shorter, so it takes more
+    "Perception-R1": dict(method="perception-r1", steps=198), "DIP-R1 without look": dict(look_weight=0.0),
     "DIP-R1, plain sum": dict(look_credit="completion"), "DIP-R1": dict()}
 CURVES, POINTS = {"SFT": "#d1495b", "DIP-R1": "#00798c"}, 6  # the colour of each; checkpoints of a way
 SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
@@ -1909,7 +1909,7 @@ def curve(run, start, folder):
 
 def compare_once(seed, folder, rates, **options):
     """One seed -> the best of SFT's rates, the figures of each way on each crowd, its minutes of training,
-    and the curves of SFT and DIP-R1. The pretraining writes each scene in both templates, so that all ways go
+    and the curves of SFT and DIP-R1. The pretraining takes each scene in both templates, so that all ways go
     on from the same weights. Interrupted, it goes on."""
     options = {**dipr1.DEMO, "seed": seed, "output_dir": str(folder), "resume": True, "keep": 0, **options}
     cfg, both = Config(**options), folder / "sparse/both.jsonl"
@@ -1918,7 +1918,8 @@ def compare_once(seed, folder, rates, **options):
         lines = read_lines(folder / "sparse/train.jsonl")
         write(both, *(line | {"method": method} for method in METHODS for line in lines))
     dipr1.barrier()
-    start = dipr1.trained(cfg, "start", model=str(folder / "tiny"), data=str(both), **dipr1.PRETRAINING)
+    twice = dipr1.PRETRAINING | {"sft_steps": len(METHODS) * dipr1.PRETRAINING["sft_steps"]}
+    start = dipr1.trained(cfg, "start", model=str(folder / "tiny"), data=str(both), **twice)
     cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
     sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
            for rate in rates}
@@ -1995,8 +1996,10 @@ def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_wa
         return plain(policy, reference, optimizer, encoder, prompts, cfg, *rest)
     small = dict(sft_steps=6, sft_batch=4, steps=6, prompts_per_step=2, group_size=2, max_new_tokens=16,
                  samples=2)
+    ways = {name: way | {"steps": 6} for name, way in WAYS.items()}
     scenes = {"sparse": (6, 2), "dense": (6, 2), "night": (0, 2)}
-    with replaced(SCENES=scenes, PRETRAINING=dict(sft_steps=2, steps=0), grpo_step=watched):
+    pretraining = dict(sft_steps=2, steps=0)
+    with replaced(SCENES=scenes, PRETRAINING=pretraining, grpo_step=watched), mock.patch.dict(WAYS, ways):
         for seeds in (1, 2):
             compare(seeds, tmp_path, **small)
     runs = json.loads((tmp_path / "compare.json").read_text())
