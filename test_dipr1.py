@@ -1918,8 +1918,7 @@ def compare_once(seed, folder, rates, **options):
         lines = read_lines(folder / "sparse/train.jsonl")
         write(both, *(line | {"method": method} for method in METHODS for line in lines))
     dipr1.barrier()
-    twice = dipr1.PRETRAINING | {"sft_steps": len(METHODS) * dipr1.PRETRAINING["sft_steps"]}
-    start = dipr1.trained(cfg, "start", model=str(folder / "tiny"), data=str(both), **twice)
+    start = dipr1.trained(cfg, "start", model=str(folder / "tiny"), data=str(both), **dipr1.PRETRAINING)
     cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
     sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
            for rate in rates}
@@ -1977,13 +1976,13 @@ def draw_curves(runs, path, width=420, height=280):
             text(x - 30, y + 5, f"{tick:.1f}")
         for minute in range(int(last) + 1):
             text(at(minute, 0)[0] - 4, height + 60, minute)
-        for name, color in CURVES.items():
+        for number, (name, color) in enumerate(CURVES.items()):
+            text(left + 8 + 40 * number, height + 30, name, color)
             for run in runs:
                 points = [at(minutes, figures[crowd]["f1"]) for minutes, figures in run["curves"][name]]
                 line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
                 shapes.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-            text(points[-1][0] + 4, points[-1][1] + 5, name, color)
-    size = f'width="{2 * width + 190}" height="{height + 75}"'
+    size = f'width="{2 * width + 160}" height="{height + 75}"'
     path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
                     f'<rect {size} fill="white"/>{"".join(shapes)}</svg>\n')
 
