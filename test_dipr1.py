@@ -1206,6 +1206,7 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
                              ("max_new_tokens", 0, "at least 1"), ("prompts_per_step", 0, "at least 1")):
         refused_at_once(f"--{flag} {value}.*{why}", f"--{flag}", value)
     refused_at_once("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
+    refused_at_once("--demo compares SFT and dip-r1: neither", "--demo", "--steps", 0)
     lost = write(tmp_path / "d.jsonl", *(line_of(image=f"{number}.png") for number in range(6)))
     refused_at_once("6 of 6 images are not there, the first is .*0", "--data", lost)
     config, file = (tiny[0] / "config.json").read_text(), tiny[0] / "model.safetensors"
@@ -1993,24 +1994,24 @@ def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_wa
         starts.append(policy.model.lm_head.weight.clone())
         assert {prompt.record["method"] for prompt in prompts} == {cfg.method}
         return plain(policy, reference, optimizer, encoder, prompts, cfg, *rest)
-    small = dict(sft_steps=6, sft_batch=4, steps=6, prompts_per_step=2, group_size=2, max_new_tokens=16,
+    small = dict(sft_steps=2, sft_batch=4, steps=2, prompts_per_step=2, group_size=2, max_new_tokens=16,
                  samples=2)
-    ways = {name: way | {"steps": 6} for name, way in WAYS.items()}
+    ways = {name: way | {"steps": 2} for name, way in WAYS.items()}
     scenes = {"sparse": (6, 2), "dense": (6, 2), "night": (0, 2)}
     pretraining = dict(sft_steps=2, steps=0)
-    with replaced(SCENES=scenes, PRETRAINING=pretraining, grpo_step=watched), mock.patch.dict(WAYS, ways):
+    with replaced(SCENES=scenes, PRETRAINING=pretraining, grpo_step=watched), mock.patch.dict(
+            WAYS, ways), mock.patch.dict(globals(), POINTS=2):
         for seeds in (1, 2):
             compare(seeds, tmp_path, **small)
     runs = json.loads((tmp_path / "compare.json").read_text())
     assert len(runs) == 2 and {"start", "SFT", "SFT, best moment", *WAYS} < set(runs[0]["figures"])
     assert all(set(figures) == set(scenes) for run in runs for figures in run["figures"].values())
-    assert [len(rows) for run in runs for rows in run["curves"].values()] == 4 * [1 + POINTS]
+    assert [len(rows) for run in runs for rows in run["curves"].values()] == 4 * [1 + 2]
     assert len(runs[0]["minutes"]) == len(runs[1]["minutes"]) + len(SFT_RATES) - 1
     best = max((row[1]["dense"]["f1"] for row in runs[0]["curves"]["SFT"][1:]))
     assert runs[0]["figures"]["SFT, best moment"]["dense"]["f1"] == best
-    assert len(starts) == 6 * 4 * 2, "six steps, four ways, two seeds: what is done is not done again"
-    assert all(torch.equal(starts[0], starts[k]) for k in (6, 12, 18))
-    assert not torch.equal(starts[0], starts[24])
+    assert len(starts) == 2 * 4 * 2, "two steps, four ways, two seeds: what is done is not done again"
+    assert all(torch.equal(starts[0], starts[k]) for k in (2, 4, 6)) and not torch.equal(starts[0], starts[8])
     assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2 * 2 * 2  # crowds, ways, seeds
 
 
