@@ -80,7 +80,7 @@ def flag(default, help, least=None):
 class Config:
     """Every setting, explained on its line. The command line is made from these fields."""
 
-    demo: bool = flag(False, "draw crowds, make a tiny model, train it, compare before and after")
+    demo: bool = flag(False, "draw crowds, make a tiny model, train it by SFT and by --method, compare")
     eval: bool = flag(False, "evaluate --model on --data instead of training")
     predictions: str = flag("", "score this predictions.jsonl on --data; needs no model")
     method: Literal["dip-r1", "perception-r1"] = flag("dip-r1", "what is asked, and what is rewarded")
@@ -1347,8 +1347,8 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
             for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
                 part.save_pretrained(beside)
         barrier()
-        state = {"adamw": local.state_dict(), "masters": local.masters}
-        torch.save(state, beside / f"optimizer-{rank}.pt")
+        shard = {"adamw": local.state_dict(), "masters": local.masters}
+        torch.save(shard, beside / f"optimizer-{rank}.pt")
         barrier()
         if rank == 0:
             sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
@@ -1362,7 +1362,7 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
             for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
                 if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
                     shutil.rmtree(old)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save says of a full disk the last
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch.save, of a full disk
         raise SystemExit(f"{final} could not be written: {error}. Make room, then --resume") from None
     barrier()
 
