@@ -315,12 +315,9 @@ def test_dip_r1s_rewards_and_what_hacks_of_the_look_earn_by_hand():
     ("counting", [[0, 0]], [[100, 100]], 0), ("counting", [[0, 0]], [[9999, 0]], 0), ("counting", ONE, [], 0),
     ("counting", [[0, 0]], "[50, 50]", 0.5), ("counting", [[0, 0]], '{"point_2d": [0, 0], "label": "a"}', 1),
     ("counting", np.zeros((0, 2)), [], 1), ("counting", np.zeros((0, 2)), [[1, 1]], 0),
-    ("counting", MIDDLES, MIDDLES * 2, 0.5), ("counting", MIDDLES, [[50, 50]] * 400, 0.008),
     ("counting", MIDDLES, [[50, 50]] * 4, 0.8),  # the weak spot of the definition: a right count, anywhere
-    ("detection", CROWD, [[x1 + 4, y1, x2 + 4, y2] for x1, y1, x2, y2 in CROWD], 2 / 3),  # all a fifth off
-    ("detection", CROWD, CROWD[:1], 0.25), ("detection", CROWD, CROWD * 10, 0.1), ("detection", ONE, [], 0),
-    ("detection", CROWD, [[0, 0, 100, 100]] * 4, 0.09), ("detection", ONE, [[10, 10, 0, 0]], 0),
-    ("detection", boxes(), [], 1), ("detection", boxes(), ONE, 0),
+    ("detection", CROWD, CROWD * 10, 0.1), ("detection", CROWD, [[0, 0, 100, 100]] * 4, 0.09),
+    ("detection", boxes(), [], 1), ("detection", boxes(), ONE, 0), ("detection", ONE, [[10, 10, 0, 0]], 0),
     ("ocr", "kitten", " kitten\n", 1), ("ocr", "kitten", "sitting", 4 / 7), ("ocr", "kitten", "", 0),
     ("ocr", "", "", 1), ("ocr", "", "x", 0), ("ocr", "caf\u00e9", "cafe\u0301", 1),
     ("ocr", "cat", "cat " * 400, 3 / 1599), ("ocr", "<answer> a </answer>", "<answer> a </answer>", 1),
