@@ -654,22 +654,20 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_
 
 
 @pytest.mark.parametrize("line, said", [
-    ("{", "Expecting"), ("[]", "object is expected, not .."), ("3", "object"), ('{"width": NaN}', ""),
-    ('{"image": "x.png"}', "no 'width'"), ("\xff", "utf-8"), ('{"a": ' + "[" * 100_000, "RecursionError"),
-    ('{"a": ' + "9" * 5000 + "}", "digits"), *[(json.dumps(line_of(**fields)), said) for fields, said in [
+    ("{", "Expecting"), ("[]", "object is expected, not .."), ('{"image": "x.png"}', "no 'width'"),
+    ("\xff", "utf-8"), ('{"a": ' + "[" * 100_000, "RecursionError"), ('{"a": ' + "9" * 5000 + "}", "digits"),
+    *[(json.dumps(line_of(**fields)), said) for fields, said in [
         ({"boxes": [[1, 2, 3]]}, r"boxes, row 1: \[1, 2, 3\] is not 4 finite numbers"),
-        ({"boxes": [[1, 2, 3, 4], [1, 2, 3, 4, 0.9]]}, "boxes, row 2: .* not 4"), ({"boxes": None}, "boxes"),
+        ({"boxes": [[1, 2, 3, 4], [1, 2, 3, 4, 0.9]]}, "boxes, row 2: .* not 4"),
         ({"boxes": [[1, 2, NAN, 4]]}, "finite"), ({"boxes": [[1, 2, 3, True]]}, "finite"),
         ({"boxes": [[1, 2, 3, 10**400]]}, "finite"), ({"boxes": [[1, 2, 3, "4"]]}, "finite"),
-        ({"points": [1, 2]}, "finite"), ({"points": [{"x": 1}]}, "finite"), ({"boxes": "1234"}, "a list of"),
+        ({"boxes": [7]}, "finite"), ({"boxes": "1234"}, "a list of"),
         ({"boxes": [[3, 2, 3, 4]]}, "x1 < x2"), ({"boxes": [[3, 9, 8, 4]]}, "y1 < y2"),
         ({"boxes": [[50, 9, 50.5, 14]]}, "x1 < x2"), ({"boxes": [[1, 2, 52, 4]]}, "outside the 50 x 50"),
         ({"boxes": [[-2, 2, 9, 4]]}, "outside"), ({"points": [[20, 51.5]]}, "outside"),
-        ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"points": [[0.5, 0.2]]}, "between 0"),
-        ({"ignore": [[1, 2, 3]]}, "ignore, row 1"), ({"width": 0}, "width and height"),
-        ({"width": "50"}, "width and height"), ({"image": 3}, ""), ({"target": None}, ""),
-        ({"target": "\ud800"}, ""), ({"task": "singing"}, "singing"), ({"task": "ocr"}, "ocr"),
-        ({"method": "guessing"}, "guessing"), ({"boxes": [[1, 2, 3, 4]], "labels": [7]}, ""),
+        ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"ignore": [[1]]}, "ignore, row 1"),
+        ({"width": 0}, "width and height"), ({"width": "50"}, "width and height"), ({"image": 3}, ""),
+        ({"target": None}, ""), ({"target": "\ud800"}, ""), ({"task": "singing"}, "singing"),
         ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
         ({"ignore": [[1, 2, 3, 4]], "labels": []}, "0 ignore_labels for 1 ignore"),
         ({"method": "perception-r1", "task": "grounding"}, "one box"),
