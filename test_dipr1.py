@@ -1177,9 +1177,8 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
         assert not out.exists()
     message = run("dipr1.py", *flags, "--data", tmp_path / "no.jsonl", expect=1)
     assert "data_prep.py crowdhuman" in message and "--demo" in message and "Traceback" not in message
-    for flag, value, why in (("group_size", 1, "at least 2"), ("temperature", 0, "at le"), ("lr", "nan", ""),
-                             ("max_new_tokens", 0, "at least 1"), ("prompts_per_step", 0, "at least 1")):
-        refused_at_once(f"--{flag} {value}.*{why}", f"--{flag}", value)
+    for flag, value in (("group_size", 1), ("temperature", 0), ("prompts_per_step", 0), ("lr", "nan")):
+        refused_at_once(f"--{flag} {value}.*: at least ", f"--{flag}", value)
     refused_at_once("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
     refused_at_once("--demo compares SFT and dip-r1: neither", "--demo", "--steps", 0)
     lost = write(tmp_path / "d.jsonl", *(line_of(image=f"{number}.png") for number in range(6)))
@@ -1188,7 +1187,6 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
     weights = load_file(file)
     for number, (said, name, content) in enumerate([
             ("lacks 1 w", file.name, save({n: w for n, w in weights.items() if "s.1.self_attn.o" not in n})),
-            ("it lacks ", file.name, save({f"policy.{n}": w for n, w in weights.items()})),
             ("", file.name, file.read_bytes()[:-9]), ("", "config.json", b"{}"), ("", "tokenizer.json", b""),
             ("it is a qwen2_vl", "config.json", config.replace('"qwen2_5_vl"', '"qwen2_vl"'))]):
         shutil.copytree(tiny[0], model := tmp_path / str(number))
