@@ -954,8 +954,6 @@ def test_labelled_boxes_count_as_if_each_class_were_an_image_of_its_own():
         assert figures[name] == pytest.approx(slow[name], abs=1e-9), name
     aps = [slow_average_precision(apart[k::3], t) for k in range(3) for t in np.linspace(0.5, 0.95, 10)]
     assert figures["ap"] == pytest.approx(np.mean(aps), abs=1e-9)
-    wrong = scored(images, [(["cat"] * len(pred), *others) for pred, *others in labels])
-    assert {wrong[name] for name in ("precision", "recall", "f1", "ap", "ap50", "crowded_recall")} == {0}
 
 
 @needs_real
