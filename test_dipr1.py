@@ -719,9 +719,8 @@ def rewards_by_index(zero_odd=False):
 def three_steps(tiny, rank, world, zero_odd=False, **options):
     """Weights after three GRPO steps on four prompts, of which this rank takes every world-th. A rank whose
     prompts are the odd ones has zero advantage throughout where `zero_odd`."""
-    cfg, prompts = step_config(model=str(tiny[0]), **options), load(tiny)[2]
-    policy, encoder = dipr1.setup(cfg)
-    reference, parallel = dipr1.setup(cfg)[0].eval() if cfg.beta else None, dipr1.parallel(policy)
+    cfg, (policy, encoder, prompts) = step_config(**options), load(tiny, **options)
+    reference, parallel = load(tiny)[0].eval() if cfg.beta else None, dipr1.parallel(policy)
     optimizer = dipr1.make_optimizer(parallel)
     with replaced(group_rewards=rewards_by_index(zero_odd)):
         for step in range(3):
@@ -797,15 +796,14 @@ def test_a_step_makes_likelier_what_earned_more_and_runs_tower_and_layers_no_mor
     """Rollout, then reference and policy for each of three groups, of which the last has lost its image and
     weighs nothing; gradient checkpointing, which is the default, runs the policy's layers again in the
     backward, and frozen features are computed once."""
-    for options, tower, decoder in ((dict(), 7 + 3, 1 + 3 + 6), (dict(gradient_checkpointing=False), 7, 7),
-                                    (dict(freeze_vision=True, gradient_checkpointing=False), 1, 7)):
-        cfg, calls = Config(model=str(tiny[0]), **options), []
-        (policy, encoder), prompts = dipr1.setup(cfg), load(tiny)[2][:3]
+    for options, tower, decoder in ((dict(gradient_checkpointing=True), 7 + 3, 1 + 3 + 6), (dict(), 7, 7),
+                                    (dict(freeze_vision=True), 1, 7)):
+        policy, encoder, prompts = load(tiny, **options)
+        cfg, calls, prompts = step_config(max_new_tokens=1, **options), [], prompts[:3]
         prompts[2].weight, reference = 0.0, copy.deepcopy(policy).eval()
         for model in (policy.model.model, reference.model.model):
             model.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append("tower"))
             model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("decoder"))
-        cfg = dataclasses.replace(step_config(), freeze_vision=cfg.freeze_vision, max_new_tokens=1)
         optimizer = dipr1.make_optimizer(policy)
         with replaced(group_rewards=rewards_by_index()):
             metrics, groups = dipr1.grpo_step(policy, reference, optimizer, encoder, prompts, cfg, 0, 1e-3)
