@@ -33,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
@@ -150,9 +150,6 @@ def check_rows(name, rows, k, width=None, height=None):
 # ------------------------------------------------------------------------------------------------------------
 # Images: opened in one way, here and in dipr1.py
 
-Turn = Image.Transpose
-TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # EXIF orientation -> what undoes it
 LARGEST_RATIO = 200  # of the sides: Qwen's image processor refuses more
 
 
@@ -168,13 +165,13 @@ def opened(path):
         raise OSError(reason(error)) from None
 
 
-def orientation(image):
-    """The EXIF orientation, 1 (upright) to 8; 1 if it is damaged."""
+def on_its_side(image):
+    """Does EXIF swap width and height? From the header alone; not if EXIF is damaged."""
     try:
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own getexif would decode it
-        return value if value in TURNS else 1
+        exif = Image.Image.getexif(image)  # PNG's own getexif would decode the image
+        return image.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:
-        return 1
+        return False
 
 
 def open_image(path):
@@ -184,7 +181,8 @@ def open_image(path):
     """
     with opened(path) as image:
         image.load()  # first, since some formats keep EXIF behind the pixels
-        turn = TURNS.get(orientation(image))
+        with contextlib.suppress(Exception):  # damaged EXIF
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # grey of 16 bits or floats: Pillow's own conversion cuts it at 255
             grey = np.nan_to_num(np.array(image, float), posinf=0, neginf=0)
             whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # floats do not say their range
@@ -193,8 +191,7 @@ def open_image(path):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        return image if turn is None else image.transpose(turn)
+        return image.convert("RGB")
 
 
 def image_size(path, no_verify=False):
@@ -203,8 +200,7 @@ def image_size(path, no_verify=False):
         if not no_verify:
             return open_image(path).size
         with opened(path) as image:
-            sideways = orientation(image) > 4 and image.format != "TIFF"  # whose header Pillow turns itself
-            return image.size[::-1] if sideways else image.size
+            return image.size[::-1] if on_its_side(image) else image.size
     except OSError as error:
         return error
 
