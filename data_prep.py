@@ -93,17 +93,13 @@ def json_entries(path):
         yield place, value
 
 
-def parsed(path, entries, parse):
-    """Yield parse(entry) of (place, entry) pairs of a file. SystemExit says where and why that fails."""
-    for place, entry in entries:
-        with reading(path, place):
-            entry = parse(entry)
-        yield entry
-
-
 def read_jsonl(path, check):
     """Read JSON lines -> [check(object), ...]. SystemExit names a line that is malformed or that fails."""
-    return list(parsed(path, json_entries(path), check))
+    checked = []
+    for place, entry in json_entries(path):
+        with reading(path, place):
+            checked.append(check(entry))
+    return checked
 
 
 def count(number):
@@ -481,7 +477,9 @@ def detection(target, people):
 def boxes_by_key(path, parse):
     """{key: boxes} of a text file whose lines `parse` turns into (key, boxes); {} where there is no file."""
     table = {}
-    for key, boxes in parsed(path, text_lines(path), parse) if path.is_file() else ():
+    for place, line in text_lines(path) if path.is_file() else ():
+        with reading(path, place):
+            key, boxes = parse(line)
         table.setdefault(key, []).extend(boxes)
     return table
 
@@ -526,13 +524,11 @@ def crowdhuman(root, split: ("train", "val"), target: str = "person"):
     extra.ignore mark ignore regions; `head_attr.ignore` concerns heads only.
     """
     path, images = find(root, f"annotation_{split}.odgt"), find(root, "Images")
-
-    def parse(entry):
-        people = [(person["tag"] == "person" and not person.get("extra", {}).get("ignore"), person["fbox"])
-                  for person in entry["gtboxes"]]
-        return images / f"{entry['ID']}.jpg", detection(target, people)
-
-    return parsed(path, json_entries(path), parse)
+    for place, entry in json_entries(path):
+        with reading(path, place):
+            people = [(person["tag"] == "person" and not person.get("extra", {}).get("ignore"),
+                       person["fbox"]) for person in entry["gtboxes"]]
+            yield images / f"{entry['ID']}.jpg", detection(target, people)
 
 
 def citypersons(root, split: ("train", "val"), target: str = "pedestrian"):
@@ -543,25 +539,23 @@ def citypersons(root, split: ("train", "val"), target: str = "pedestrian"):
     """
     images = find(root, f"leftImg8bit/{split}")
     path = find(root, f"annotations/anno_{split}.mat", f"gtBboxCityPersons/{split}")
-
-    def parse_cell(cell):
-        city, name, rows = (np.ravel(cell)[0][part] for part in ("cityname", "im_name", "bbs"))
-        # As Python's integers: in the file's own type, often uint8, 200 + 100 would be 44.
-        people = [(row[0] == 1, row[1:5]) for row in rows.reshape(-1, 10).tolist()]
-        return images / city.item() / name.item(), detection(target, people)
-
-    def parse_file(file):
-        data = json.loads(file.read_bytes())
-        people = [(entry["label"] == "pedestrian", entry["bbox"]) for entry in data["objects"]]
-        image = images / file.parent.name / file.name.replace("gtBboxCityPersons.json", "leftImg8bit.png")
-        return image, {**detection(target, people), "size": (data.get("imgWidth"), data.get("imgHeight"))}
-
+    for file in sorted(path.glob("*/*_gtBboxCityPersons.json")):
+        with reading(file):
+            data = json.loads(file.read_bytes())
+            people = [(entry["label"] == "pedestrian", entry["bbox"]) for entry in data["objects"]]
+            image = images / file.parent.name / file.name.replace("gtBboxCityPersons.json", "leftImg8bit.png")
+            size = data.get("imgWidth"), data.get("imgHeight")
+            yield image, {**detection(target, people), "size": size}
     if path.is_dir():
-        files = sorted(path.glob("*/*_gtBboxCityPersons.json"))
-        return parsed(path, ((file.name, file) for file in files), parse_file)
+        return
     with reading(path):
         cells = loadmat(path)[f"anno_{split}_aligned"][0]
-    return parsed(path, ((f"image {number}", cell) for number, cell in enumerate(cells, 1)), parse_cell)
+    for number, cell in enumerate(cells, 1):
+        with reading(path, f"image {number}"):
+            city, name, rows = (np.ravel(cell)[0][part] for part in ("cityname", "im_name", "bbs"))
+            # As Python's integers: in the file's own type, often uint8, 200 + 100 would be 44.
+            people = [(row[0] == 1, row[1:5]) for row in rows.reshape(-1, 10).tolist()]
+            yield images / city.item() / name.item(), detection(target, people)
 
 
 def wider_line(line, width=None):
@@ -706,17 +700,17 @@ def listed(root, image_folder, truth):
     Where an entry has only the image's URL, as in PixMo, its `image_sha256` says which file is meant.
     """
     folder = Path(image_folder or Path(root).parent)
-
-    def parse(entry):
-        fields = truth(entry)
-        if "image" in entry:
-            return folder / as_text(entry["image"]), fields
-        if not image_folder:
-            raise ValueError("it has no image: for image_url, --image_folder says where the downloads are")
-        digest = as_text(entry["image_sha256"])
-        return files_by_hash(folder).get(digest, folder / digest), fields
-
-    return parsed(root, json_entries(root), parse)
+    for place, entry in json_entries(root):
+        with reading(root, place):
+            fields = truth(entry)
+            if "image" in entry:
+                image = folder / as_text(entry["image"])
+            elif image_folder:
+                digest = as_text(entry["image_sha256"])
+                image = files_by_hash(folder).get(digest, folder / digest)
+            else:
+                raise ValueError("no image: for image_url, --image_folder says where the downloads are")
+            yield image, fields
 
 
 def said_by(speaker, entry):
