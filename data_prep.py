@@ -28,7 +28,7 @@ import pickle
 import random
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -474,13 +474,14 @@ def detection(target, people):
     return fields
 
 
-def boxes_by_key(path, parse):
-    """{key: boxes} of a text file whose lines `parse` turns into (key, boxes); {} where there is no file."""
-    table = {}
-    for place, line in text_lines(path) if path.is_file() else ():
-        with reading(path, place):
-            key, boxes = parse(line)
-        table.setdefault(key, []).extend(boxes)
+def boxes_by_key(paths, parse):
+    """{key: boxes} of text files whose lines `parse` turns into (key, boxes)."""
+    table = defaultdict(list)
+    for path in paths:
+        for place, line in text_lines(path):
+            with reading(path, place):
+                key, boxes = parse(line)
+                table[key].extend(boxes)
     return table
 
 
@@ -580,11 +581,10 @@ def widerpedestrian(root, split: ("train", "val"), target: str = "person"):
     """The text files of 2018 or 2019, images anywhere below `root`. Pedestrians and cyclists are merged."""
     path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
     beside = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
-    ignored = [boxes_by_key(file, functools.partial(wider_line, width=4)) for file in beside]
+    ignore = boxes_by_key(beside, functools.partial(wider_line, width=4))
     locate = image_finder(root, split)
-    for name, boxes in boxes_by_key(path, wider_line).items():
-        ignore = [region for regions in ignored for region in regions.get(name, [])]
-        yield locate(name), {"target": target, "boxes": boxes, "ignore": ignore}
+    for name, boxes in boxes_by_key([path], wider_line).items():
+        yield locate(name), {"target": target, "boxes": boxes, "ignore": ignore[name]}
 
 
 UAVDT_TEST = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M0802 M1001 M1004 M1007 M1009
@@ -606,11 +606,11 @@ def uavdt(root, split: ("train", "test"), target: str = "vehicle", stride: count
     names = {path.name.split("_")[0] for folder in (images, truths) for path in folder.glob("M*")}
     for name in sorted(name for name in names if (name in UAVDT_TEST) == (split == "test")):
         whole = find(truths, f"{name}_gt_whole.txt")  # and not _gt.txt, which has no classes
-        boxes = boxes_by_key(whole, functools.partial(parse, (1, 2, 3)))
-        ignore = boxes_by_key(truths / f"{name}_gt_ignore.txt", functools.partial(parse, (-1,)))
+        boxes = boxes_by_key([whole], functools.partial(parse, (1, 2, 3)))
+        ignore = boxes_by_key(truths.glob(f"{name}_gt_ignore.txt"), functools.partial(parse, (-1,)))
         on_disk = {int(p.stem[3:]) for p in (images / name).glob("img[0-9]*.jpg")}  # frames without a box too
         for frame in sorted(on_disk | boxes.keys())[::stride]:
-            fields = {"target": target, "boxes": boxes.get(frame, []), "ignore": ignore.get(frame, [])}
+            fields = {"target": target, "boxes": boxes[frame], "ignore": ignore[frame]}
             yield images / name / f"img{frame:06d}.jpg", fields
 
 
