@@ -784,14 +784,13 @@ MAX_BOXES = 40  # of an image to train on: a box costs 21 tokens or more, and a 
 
 def measured(annotations, no_verify):
     """Yield (image, fields, size or OSError) in order. Every core opens images, a block at a time, so that
-    memory stays small; an image with several questions in a row is opened once."""
-    groups = itertools.groupby(annotations, key=lambda annotation: annotation[0])
+    memory stays small; an image with several questions in a block is opened once."""
+    annotations = iter(annotations)
     with ProcessPoolExecutor() as pool:
-        while block := [(image, list(group)) for image, group in itertools.islice(groups, 256)]:
-            images = [image for image, _ in block]
-            sizes = pool.map(image_size, images, itertools.repeat(no_verify), chunksize=8)
-            for (_, group), size in zip(block, sizes):
-                yield from ((image, fields, size) for image, fields in group)
+        while block := list(itertools.islice(annotations, 256)):
+            images = list(dict.fromkeys(image for image, _ in block))
+            sizes = dict(zip(images, pool.map(image_size, images, itertools.repeat(no_verify), chunksize=8)))
+            yield from ((image, fields, sizes[image]) for image, fields in block)
 
 
 def fitted(fields, size):
