@@ -877,14 +877,12 @@ SOURCES = crowdhuman, citypersons, widerpedestrian, uavdt, coco, refcoco, pixmo_
 
 def add_command(commands, function):
     """The command that calls `function`, described by its docstring; a source has `convert`'s options too."""
-    takes = dict(inspect.signature(function).parameters)
-    if function in SOURCES:
-        takes |= list(inspect.signature(convert).parameters.items())[1:]
-    about = inspect.getdoc(function) + ("\n\n" + inspect.getdoc(convert) if function in SOURCES else "")
+    called = (function, convert) if function in SOURCES else (function,)
+    about = "\n\n".join(map(inspect.getdoc, called))
     command = commands.add_parser(function.__name__, help=about.split("\n\n")[0], description=about,
                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     command.set_defaults(function=function)
-    for name, parameter in takes.items():
+    for name, parameter in itertools.chain(*(inspect.signature(call).parameters.items() for call in called)):
         kind, default = parameter.annotation, parameter.default
         if name == "root":
             command.add_argument(name)
