@@ -357,7 +357,7 @@ def synthetic(out: Path, images: count = 2000, seed: int = 0, size: int = 112, v
     the rest. `task` is what is asked of them; `crowd` is a row of CROWDS."""
     if size < 56:
         raise SystemExit(f"--size {size} is too small for a scene: at least 56 pixels")
-    out, train = Path(out), images - (max(1, images // 10) if val is None else val)
+    train = images - (max(1, images // 10) if val is None else val)
     if train < 0:
         raise SystemExit(f"--images {images} is too few: val.jsonl takes {val}")
     (out / "images").mkdir(parents=True, exist_ok=True)
@@ -488,8 +488,8 @@ def boxes_by_key(paths, parse):
 def find(root, *names):
     """The first of these paths that exists below `root`; SystemExit says what was expected and where."""
     for name in names:
-        if (Path(root) / name).exists():
-            return Path(root) / name
+        if (root / name).exists():
+            return root / name
     raise SystemExit(f"{root}: unknown layout, looked there for " + ", or ".join(names))
 
 
@@ -518,7 +518,7 @@ def image_finder(root, split):
     return locate
 
 
-def crowdhuman(root, split: ("train", "val"), target: str = "person"):
+def crowdhuman(root: Path, split: ("train", "val"), target: str = "person"):
     """`annotation_<split>.odgt`, an image per line, beside the folder `Images`.
 
     The box is `fbox`, the whole person with occluded parts, as the benchmark evaluates it. Tag "mask" and
@@ -532,7 +532,7 @@ def crowdhuman(root, split: ("train", "val"), target: str = "person"):
             yield images / f"{entry['ID']}.jpg", detection(target, people)
 
 
-def citypersons(root, split: ("train", "val"), target: str = "pedestrian"):
+def citypersons(root: Path, split: ("train", "val"), target: str = "pedestrian"):
     """`anno_<split>.mat` or the JSON files of `gtBboxCityPersons`, with the images in `leftImg8bit`.
 
     As in the standard protocol, the full boxes of pedestrians are the targets; riders, sitting people, groups
@@ -577,7 +577,7 @@ def wider_line(line, width=None):
     return name, [corners(row[-4:]) for row in rows]
 
 
-def widerpedestrian(root, split: ("train", "val"), target: str = "person"):
+def widerpedestrian(root: Path, split: ("train", "val"), target: str = "person"):
     """The text files of 2018 or 2019, images anywhere below `root`. Pedestrians and cyclists are merged."""
     path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
     beside = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
@@ -591,7 +591,7 @@ UAVDT_TEST = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M080
     M1101 M1301 M1302 M1303 M1401""".split()  # the other sequences are for training
 
 
-def uavdt(root, split: ("train", "test"), target: str = "vehicle", stride: count = 1):
+def uavdt(root: Path, split: ("train", "test"), target: str = "vehicle", stride: count = 1):
     """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt`.
 
     Cars, trucks and buses are one class. `stride` N takes every N-th frame: neighbours are nearly the same.
@@ -623,7 +623,7 @@ def by_id(entries):
     return table
 
 
-def coco(root, split: ("train", "val", "test"), target: str = None, category: str = "person",
+def coco(root: Path, split: ("train", "val", "test"), target: str = None, category: str = "person",
          annotations: Path = None):
     """COCO-form JSON, images anywhere below `root`: a `category`, or "all" of them with a label for each box.
 
@@ -699,7 +699,7 @@ def listed(root, image_folder, truth):
 
     Where an entry has only the image's URL, as in PixMo, its `image_sha256` says which file is meant.
     """
-    folder = Path(image_folder or Path(root).parent)
+    folder = image_folder or root.parent
     for place, entry in json_entries(root):
         with reading(root, place):
             fields = truth(entry)
@@ -719,7 +719,7 @@ def said_by(speaker, entry):
     return text
 
 
-def refcoco(root, split: ("train", "val", "test", "testA", "testB") = None, image_folder: Path = None,
+def refcoco(root: Path, split: ("train", "val", "test", "testA", "testB") = None, image_folder: Path = None,
             scale: count = None):
     """RefCOCO, RefCOCO+, RefCOCOg, a phrase per line: `refs(*).p`, its folder, or a list as VLM-R1 has it.
 
@@ -736,19 +736,18 @@ def refcoco(root, split: ("train", "val", "test", "testA", "testB") = None, imag
         boxes = check_rows("box", [json.loads(boxes[0])], 4).tolist()
         return {"task": "grounding", "target": phrase.strip(" \n."), "boxes": boxes, "scale": scale}
 
-    path = Path(root)
-    found = sorted(path.glob("refs(*).p")) if path.is_dir() else [path]
+    found = sorted(root.glob("refs(*).p")) if root.is_dir() else [root]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise SystemExit(f"{root}: one file refs(*).p is needed, found {names}; name it as ROOT")
     is_list = found[0].suffix != ".p"
     if is_list == bool(split) or scale and not is_list:
         raise SystemExit(f"{root}: refs(*).p needs --split and no --scale; a list of one split, no --split")
-    questions = listed(path, image_folder, truth) if is_list else refcoco_refs(found[0], split, image_folder)
+    questions = listed(root, image_folder, truth) if is_list else refcoco_refs(found[0], split, image_folder)
     return sorted(questions, key=lambda question: question[0])  # so that each image is opened once
 
 
-def pixmo_count(root, image_folder: Path = None):
+def pixmo_count(root: Path, image_folder: Path = None):
     """PixMo-Count as JSON lines, {"image" or "image_url", "count", "points", "label"}, points in pixels.
 
     Files in `image_folder` may have any name: they are known by their `image_sha256`. (PixMo-Points, another
@@ -768,7 +767,7 @@ def pixmo_count(root, image_folder: Path = None):
     return listed(root, image_folder, truth)
 
 
-def ocr(root, image_folder: Path = None):
+def ocr(root: Path, image_folder: Path = None):
     """`[{"image": path, "conversations": [{"from": "human", ..}, {"from": "gpt", "value": the text}]}]`."""
     def truth(entry):
         return {"task": "ocr", "target": "text", "transcript": as_text(said_by("gpt", entry))}
@@ -825,7 +824,7 @@ def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = F
     boxes cut, right answers would be punished. For that reason a faulty annotation, too, leaves out its
     image. Images are decoded, unless `no_verify`: headers only. `draw` N saves N of them with their boxes.
     """
-    out, counts, crowds = Path(out), Counter(), []
+    counts, crowds = Counter(), []
     with written_whole(out) as file:
         for image, fields, size in tqdm(measured(annotations, no_verify), "converting", unit=" lines"):
             annotated = len(fields.get("boxes", []))
@@ -885,7 +884,7 @@ def add_command(commands, function):
     for name, parameter in itertools.chain(*(inspect.signature(call).parameters.items() for call in called)):
         kind, default = parameter.annotation, parameter.default
         if name == "root":
-            command.add_argument(name)
+            command.add_argument(name, type=kind)
         elif kind is bool:
             command.add_argument(f"--{name}", action="store_true")
         elif kind is not parameter.empty:  # a type, or a tuple of choices
