@@ -453,7 +453,6 @@ def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     Qwen2VLImageProcessorPil().save_pretrained(out)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------------------
