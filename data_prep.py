@@ -171,10 +171,7 @@ def on_its_side(image):
 
 
 def open_image(path):
-    """An image as people see it: upright, 8 bits, on white where it is transparent, RGB.
-
-    OSError, with a plain reason, for whatever cannot be opened or has a shape that the model refuses.
-    """
+    """An image as people see it: upright, 8 bits, on white where it is transparent, RGB; or OSError."""
     with opened(path) as image:
         image.load()  # first, since some formats keep EXIF behind the pixels
         with contextlib.suppress(Exception):  # damaged EXIF
@@ -627,8 +624,7 @@ def coco(root: Path, split: ("train", "val", "test"), target: str = None, catego
     """COCO-form JSON, images anywhere below `root`: a `category`, or "all" of them with a label for each box.
 
     `annotations` is a file other than the official one. `iscrowd` and `ignore` mark ignore regions. Images
-    without a box stay in. A malformed annotation leaves out its image: where the truth misses a box, a right
-    answer would be punished.
+    without a box stay in.
     """
     path = annotations or find(root, f"annotations/instances_{split}2017.json")
     with reading(path):
