@@ -505,11 +505,9 @@ def image_finder(root, split):
         parts = Path(as_text(name).replace("\\", "/")).parts
         exact = root.joinpath(*parts)
         ends = [path for path in paths.get(exact.name, []) if path.parts[-len(parts) :] == parts]
-        if exact.is_file() or not ends:
-            return exact
-        if len(ends) > 1:
+        if len(ends) > 1 and exact not in ends:
             raise SystemExit(f"{name} may be {ends[0]} or {ends[1]}: remove one of them from below {root}")
-        return ends[0]
+        return ends[0] if len(ends) == 1 else exact
 
     return locate
 
