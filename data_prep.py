@@ -687,23 +687,14 @@ def files_by_hash(folder):
     return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
 
 
-def listed(root, image_folder, truth):
-    """A JSON list or JSON lines: an entry names its `image`, and `truth` reads the fields from the rest.
-
-    Where an entry has only the image's URL, as in PixMo, its `image_sha256` says which file is meant.
-    """
-    folder = image_folder or root.parent
-    for place, entry in json_entries(root):
-        with reading(root, place):
-            fields = truth(entry)
-            if "image" in entry:
-                image = folder / as_text(entry["image"])
-            elif image_folder:
-                digest = as_text(entry["image_sha256"])
-                image = files_by_hash(folder).get(digest, folder / digest)
-            else:
-                raise ValueError("no image: for image_url, --image_folder says where the downloads are")
-            yield image, fields
+def image_of(entry, path, image_folder):
+    """The image of an entry of the list `path`: by its name, or by its `image_sha256` for a mere URL."""
+    if "image" in entry:
+        return (image_folder or path.parent) / as_text(entry["image"])
+    if not image_folder:
+        raise ValueError("it has no image: for image_url, --image_folder says where the downloads are")
+    digest = as_text(entry["image_sha256"])
+    return files_by_hash(image_folder).get(digest, image_folder / digest)
 
 
 def said_by(speaker, entry):
@@ -712,23 +703,28 @@ def said_by(speaker, entry):
     return text
 
 
+def refcoco_list(path, image_folder, scale):
+    """JSON lines or a JSON list, as Perception-R1 and VLM-R1 have it."""
+    for place, entry in json_entries(path):
+        with reading(path, place):
+            phrase = entry.get("normal_caption") or entry.get("problem") or said_by("human", entry)
+            phrase = as_text(phrase).rpartition("sentence describes:")[2].replace("<image>", "")  # of VLM-R1
+            answer = entry["solution"] if "solution" in entry else said_by("gpt", entry)
+            # The box is a list or the only one in a text: {"bbox_2d": [1, 2, 3, 4]}, <answer>[1, 2]</answer>.
+            boxes = re.findall(r"\[[^][]*\]", answer if isinstance(answer, str) else json.dumps(answer))
+            if len(boxes) != 1:
+                raise ValueError(f"one box is expected, not {answer!r:.80}")
+            boxes = check_rows("box", [json.loads(boxes[0])], 4).tolist()
+            fields = {"task": "grounding", "target": phrase.strip(" \n."), "boxes": boxes, "scale": scale}
+            yield image_of(entry, path, image_folder), fields
+
+
 def refcoco(root: Path, split: ("train", "val", "test", "testA", "testB") = None, image_folder: Path = None,
             scale: count = None):
     """RefCOCO, RefCOCO+, RefCOCOg, a phrase per line: `refs(*).p`, its folder, or a list as VLM-R1 has it.
 
     A list is in pixels, or goes from 0 to `scale` (Perception-R1: 1000); its paths start in `image_folder`.
     """
-    def truth(entry):
-        phrase = entry.get("normal_caption") or entry.get("problem") or said_by("human", entry)
-        phrase = as_text(phrase).rpartition("sentence describes:")[2].replace("<image>", "")  # of VLM-R1
-        answer = entry["solution"] if "solution" in entry else said_by("gpt", entry)
-        # The box is a list, or the only one in a text: {"bbox_2d": [1, 2, 3, 4]}, <answer>[1, 2]</answer>.
-        boxes = re.findall(r"\[[^][]*\]", answer if isinstance(answer, str) else json.dumps(answer))
-        if len(boxes) != 1:
-            raise ValueError(f"one box is expected, not {answer!r:.80}")
-        boxes = check_rows("box", [json.loads(boxes[0])], 4).tolist()
-        return {"task": "grounding", "target": phrase.strip(" \n."), "boxes": boxes, "scale": scale}
-
     found = sorted(root.glob("refs(*).p")) if root.is_dir() else [root]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
@@ -736,7 +732,8 @@ def refcoco(root: Path, split: ("train", "val", "test", "testA", "testB") = None
     is_list = found[0].suffix != ".p"
     if is_list == bool(split) or scale and not is_list:
         raise SystemExit(f"{root}: refs(*).p needs --split and no --scale; a list of one split, no --split")
-    questions = listed(root, image_folder, truth) if is_list else refcoco_refs(found[0], split, image_folder)
+    questions = (refcoco_list(root, image_folder, scale) if is_list else
+                 refcoco_refs(found[0], split, image_folder))
     return sorted(questions, key=lambda question: question[0])  # so that each image is opened once
 
 
@@ -746,26 +743,26 @@ def pixmo_count(root: Path, image_folder: Path = None):
     Files in `image_folder` may have any name: they are known by their `image_sha256`. (PixMo-Points, another
     data set, is in percent of the image: scale it first.)
     """
-    def truth(entry):
-        points, count = entry.get("points") or [], entry["count"]
-        if isinstance(points, dict):  # a pair of lists, as published
-            points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=True)]
-        if type(count) is not int or count < 0 or points and len(points) != count:
-            raise ValueError(f"count is {count!r}, but there are {len(points)} points")
-        fields = {"task": "counting", "target": as_text(entry["label"])}
-        if count and not points:  # of val and test only the count is published
-            return {**fields, "count": count}
-        return {**fields, "points": check_rows("points", [[p["x"], p["y"]] for p in points], 2).tolist()}
-
-    return listed(root, image_folder, truth)
+    for place, entry in json_entries(root):
+        with reading(root, place):
+            points, count = entry.get("points") or [], entry["count"]
+            if isinstance(points, dict):  # a pair of lists, as published
+                points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=True)]
+            if type(count) is not int or count < 0 or points and len(points) != count:
+                raise ValueError(f"count is {count!r}, but there are {len(points)} points")
+            points = check_rows("points", [[point["x"], point["y"]] for point in points], 2).tolist()
+            # Of val and test only the count is published.
+            truth = {"count": count} if count and not points else {"points": points}
+            fields = {"task": "counting", "target": as_text(entry["label"]), **truth}
+            yield image_of(entry, root, image_folder), fields
 
 
 def ocr(root: Path, image_folder: Path = None):
     """`[{"image": path, "conversations": [{"from": "human", ..}, {"from": "gpt", "value": the text}]}]`."""
-    def truth(entry):
-        return {"task": "ocr", "target": "text", "transcript": as_text(said_by("gpt", entry))}
-
-    return listed(root, image_folder, truth)
+    for place, entry in json_entries(root):
+        with reading(root, place):
+            fields = {"task": "ocr", "target": "text", "transcript": as_text(said_by("gpt", entry))}
+            yield image_of(entry, root, image_folder), fields
 
 
 # ------------------------------------------------------------------------------------------------------------
