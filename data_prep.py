@@ -293,16 +293,15 @@ def draw_scene(rng, size, people, scale, overlap, saturation, light):
         left = int(rng.choice(centers) + rng.normal(0, 0.13 * size) - figure.width / 2)
         left, top = min(max(left, 0), size - figure.width), max(sole - figure.height, 0)
         box = [left, top, left + figure.width, top + figure.height]
-        if all(iou(box, other) < overlap for _, other in figures):
-            figures.append((figure, box))
+        if all(iou(box, other) < overlap for _, other, _ in figures):
+            figures.append((figure, box, np.array(figure.getchannel("A").point(OPAQUE), bool)))
     figures.sort(key=lambda item: item[1][3])  # back to front
-    outlines, owner = [], np.zeros((size, size), int)
-    for number, (figure, (x1, y1, x2, y2)) in enumerate(figures):
+    owner = np.zeros((size, size), int)
+    for number, (figure, (x1, y1, x2, y2), outline) in enumerate(figures, 1):
         scene.paste(figure, (x1, y1), figure)
-        outlines.append(np.array(figure.getchannel("A").point(OPAQUE), bool))
-        owner[y1:y2, x1:x2][outlines[number]] = number + 1
+        owner[y1:y2, x1:x2][outline] = number
     boxes, ignore = [], []
-    for number, (outline, (_, box)) in enumerate(zip(outlines, figures), 1):
+    for number, (_, box, outline) in enumerate(figures, 1):
         (boxes if (owner == number).sum() >= 0.2 * outline.sum() else ignore).append(box)
     return Image.blend(scene, Image.new("RGB", scene.size, NIGHT), 1 - light), boxes, ignore
 
