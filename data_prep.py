@@ -249,8 +249,7 @@ def draw_person(rng, height, saturation=VIVID):
 
 
 def draw_street(rng, size):
-    """A background with texture: a wall with windows, a pavement, blotches over both, and at most two things
-    that are no person, lamp posts or bags -> (image, y of the horizon)."""
+    """A street with texture, and at most two things that are no person -> (image, y of the horizon)."""
     street = Image.new("RGB", (size, size), muted(rng, 150, 230))
     pen = ImageDraw.Draw(street)
     horizon, window = int(size * rng.uniform(0.25, 0.45)), muted(rng, 90, 160)
