@@ -371,18 +371,6 @@ QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_star
     <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
     <|image_pad|> <|video_pad|>""".split()
 
-QWEN_CHAT_TEMPLATE = (  # Qwen2.5-VL's own, less its tools, videos and numbered pictures
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 def tiny_tokenizer(size, texts):
     """256 bytes, which write any text, and one token for whatever is written often, such as a number with its
@@ -403,7 +391,6 @@ def tiny_tokenizer(size, texts):
     numbers = [f"{number}{comma}" for number in range(size + 1) for comma in ("", ", ")]
     glue = ["[[", "], [", "]]", "[]", "person", " in sight, ", " to look at"]
     tokenizer.add_tokens(sentences + tags + numbers + glue)
-    tokenizer.chat_template = QWEN_CHAT_TEMPLATE
     return tokenizer
 
 

@@ -471,9 +471,11 @@ def test_a_prompt_is_the_checkpoints_template_in_three_dimensions_and_boxes_are_
     """Without token types transformers silently counts 0, 1, 2, ... through the picture."""
     _, encoder, prompts = load(tiny)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "who?"}]}]
-    template = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert dipr1.CHAT.format(question="who?") == template
-    seen = template.replace("<|image_pad|>", "<|image_pad|>" * 6)  # 4 x 6 patches are 2 x 3 tokens
+    chat, shipped = dipr1.CHAT.format(question="who?"), REAL / "qwen2.5-vl-3b/chat_template.jinja"
+    if shipped.exists():
+        assert chat == encoder.tokenizer.apply_chat_template(
+            messages, chat_template=shipped.read_text(), tokenize=False, add_generation_prompt=True)
+    seen = chat.replace("<|image_pad|>", "<|image_pad|>" * 6)  # 4 x 6 patches are 2 x 3 tokens
     ids, positions = encoder.chat("who?", 4, 6)
     assert ids.tolist() == encoder.tokenizer(seen, add_special_tokens=False).input_ids
     # A thread reads prompts while targets are written: no tokenizer may be switched to and fro between them.
