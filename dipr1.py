@@ -41,7 +41,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -1520,41 +1520,34 @@ def image_counts(pred, truth, ignore, *_):
 
 # AP = mean over recalls r in {0, .01, .., 1} of  max { precision at k : recall at k >= r }
 def average_precision(images, iou_threshold):
-    """COCO's 101-point average precision of (pred, truth, ignore) for every image, in [0, 1].
+    """COCO's 101-point average precision of `compared` images, in [0, 1]: the mean over the classes that have
+    truth. Where there are no labels, everything is one class.
 
-    Each of an image's first 100 predictions takes the free truth that it overlaps most. One that finds none
-    is a miss, unless a share of it as large as the threshold lies in an ignore region. A language model gives
-    no confidences: all are equal, and COCO breaks the tie by order - images as they come, boxes as they are
-    written. So this AP depends on the order of the answer.
+    Each of an image's first 100 predictions of a class takes the free truth that it overlaps most. One that
+    finds none is a miss, unless a share of it as large as the threshold lies in an ignore region. A language
+    model gives no confidences: all are equal, and COCO breaks the tie by order - images as they come, boxes
+    as they are written. So this AP depends on the order of the answer.
     """
-    hits, n_truth = [], sum(len(truth) for _, truth, _ in images)
-    for pred, truth, ignore in images:
-        overlaps, ignored = box_iou(pred, truth)[:100], share_ignored(pred, ignore)
-        for overlap, share in zip(overlaps, ignored):
+    hits, n_truth, by_class = defaultdict(list), Counter(), []
+    for pred, truth, ignore, labels, record in images:
+        n_truth.update(record.get("labels", [None] * len(truth)))
+        overlaps, ignored, written = box_iou(pred, truth), share_ignored(pred, ignore), Counter()
+        for label, overlap, share in zip(labels, overlaps, ignored):
+            written[label] += 1
+            if written[label] > 100:
+                continue
             if overlap.max(initial=0) >= iou_threshold - 1e-9:  # not a matter of rounding
                 overlaps[:, overlap.argmax()] = 0  # this truth is taken
-                hits.append(1)
+                hits[label].append(1)
             elif share < iou_threshold:
-                hits.append(0)
-    tp = np.cumsum(hits)
-    precision = tp / np.arange(1, len(hits) + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or any higher one
-    at = np.searchsorted(tp / max(n_truth, 1), np.linspace(0, 1, 101), side="left")
-    return np.append(best, 0.0)[at].mean()
-
-
-def by_class(images):
-    """`compared` images -> for each class that has truth, the (pred, truth, ignore) of its images; where
-    there are no labels, everything is one class."""
-    classes = {}
-    for pred, truth, ignore, labels, record in images:
-        sides = (pred, labels), (truth, record.get("labels")), (ignore, record.get("ignore_labels"))
-        if "labels" not in record:
-            sides = [(boxes, [None] * len(boxes)) for boxes, _ in sides]
-        for name in {*sides[0][1], *sides[1][1]}:
-            parts = [boxes[np.array([label == name for label in labels], bool)] for boxes, labels in sides]
-            classes.setdefault(name, []).append(parts)
-    return [parts for parts in classes.values() if any(len(truth) for _, truth, _ in parts)] or [[]]
+                hits[label].append(0)
+    for label, n in n_truth.items():
+        tp = np.cumsum(hits[label])
+        precision = tp / np.arange(1, len(tp) + 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or any higher one
+        at = np.searchsorted(tp / n, np.linspace(0, 1, 101), side="left")
+        by_class.append(np.append(best, 0.0)[at].mean())
+    return np.mean(by_class or [0.0])
 
 
 def detection_figures(images):
@@ -1562,8 +1555,7 @@ def detection_figures(images):
     counts = np.array([image_counts(*image) for image in images], float)
     tp, n_pred, n_truth, n_crowded, n_found = counts[:, :5].sum(axis=0)
     jaccard = counts[~np.isnan(counts[:, 5]), 5]
-    classes, thresholds = by_class(images), np.linspace(0.5, 0.95, 10)
-    aps = [np.mean([average_precision(parts, iou) for parts in classes]) for iou in thresholds]
+    aps = [average_precision(images, iou) for iou in np.linspace(0.5, 0.95, 10)]
     return {
         "precision": ratio(tp, n_pred), "recall": ratio(tp, n_truth), "f1": ratio(2 * tp, n_pred + n_truth),
         "jaccard": ratio(jaccard.sum(), len(jaccard)), "ap": np.mean(aps), "ap50": aps[0], "ap70": aps[4],
@@ -1598,7 +1590,8 @@ def compared(record, prediction):
     """An entry of predictions.jsonl beside its record -> (pred, truth, ignore, labels of pred, record)."""
     task = task_of(record)
     sides = prediction[task.truth], record["truth"], record["ignore"]
-    labels = prediction.get("labels") or [None] * len(sides[0])
+    labels = prediction.get("labels") if "labels" in record else None
+    labels = labels or [None] * len(sides[0])
     if task.columns == 4:
         sides = against_truth(*sides, labels, record, record["width"], record["height"])
     return *sides, labels, record
