@@ -1294,32 +1294,29 @@ def batch_indices(n, batch, seed, step):
     return [int(order(k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
 
 
-def batches(encoder, records, batch, seed, steps, start=0):
-    """Yield (step, this rank's prompts) from `start` on; the next step's images are read while one trains."""
-    (rank, world), lost = rank_and_world(), set()
+def read_ahead(encoder, records, plan, tolerated=0.01):
+    """Yield the prompts of each list of indices in `plan`, while the images of the next are read. An image
+    that can no longer be opened is grey, of weight 0; SystemExit if more than a tolerated share are so."""
+    lost, plan = set(), iter(plan)
 
     def read(index):
         record = records[index]
         try:
             return encoder.prompt(index, record)
-        except OSError as error:  # it could be opened when prepared: a grey image of weight 0 takes its place
+        except OSError as error:
             lost.add(index)
             about = f"{record['path']}: no longer readable ({error}); {len(lost)} lost so far"
-            if len(lost) > 0.01 * len(records):
-                raise SystemExit(f"{about}: more than 1% of the images") from None
+            if len(lost) > tolerated * len(records):
+                raise SystemExit(f"{about}: more than {tolerated:.0%} of the images") from None
             tqdm.write(about, file=sys.stderr)
             grey = Image.new("RGB", (record["width"], record["height"]), (128, 128, 128))
             return replace(encoder.prompt(index, record, grey), weight=0.0)
 
-    def load(step):
-        return [read(index) for index in batch_indices(len(records), batch, seed, step)[rank::world]]
-
     with ThreadPoolExecutor(1) as reader:  # it prepares on the CPU; only the main thread uses the GPU
-        upcoming = reader.submit(load, start)
-        for step in range(start, steps):
-            prompts = [prompt.to(encoder.device) for prompt in upcoming.result()]
-            upcoming = reader.submit(load, step + 1) if step + 1 < steps else None
-            yield step, prompts
+        upcoming = reader.map(read, next(plan, []))
+        while prompts := list(upcoming):
+            upcoming = reader.map(read, next(plan, []))
+            yield [prompt.to(encoder.device) for prompt in prompts]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1666,22 +1663,18 @@ def evaluate(policy, encoder, records, cfg, folder, pictures=8):
     `folder` -> dict of figures. An image that cannot be opened counts as unanswered."""
     (rank, world), predictions = rank_and_world(), {}
     mine, batch = range(rank, len(records), world), max(cfg.prompts_per_step // world, 1)
-    for start in tqdm(range(0, len(mine), batch), "evaluating", disable=rank > 0):
-        prompts = []
-        for index in mine[start : start + batch]:
-            try:
-                prompts.append(encoder.prompt(index, records[index]).to(encoder.device))
-            except OSError as error:
-                tqdm.write(f"{records[index]['path']}: counts as unanswered ({error})", file=sys.stderr)
-                predictions[index] = unanswered(records[index])
-        for prediction, group in predict(unwrap(policy), encoder, prompts, cfg) if prompts else ():
+    plan = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    bar = tqdm(read_ahead(encoder, records, plan, tolerated=1), "evaluating", len(plan), disable=rank > 0)
+    for prompts in bar:
+        seen = [prompt for prompt in prompts if prompt.weight]
+        for prediction, group in predict(unwrap(policy), encoder, seen, cfg) if seen else ():
             predictions[group.prompt.index] = prediction
             if group.prompt.index < pictures:
                 draw_picture(group, Path(folder) / "pictures" / f"{group.prompt.index:06d}.png")
     by_rank = [predictions] * world
     if dist.is_initialized():
         dist.all_gather_object(by_rank, predictions)
-    predictions = [by_rank[index % world][index] for index in range(len(records))]
+    predictions = [by_rank[k % world].get(k) or unanswered(record) for k, record in enumerate(records)]
     if rank == 0:
         with written_whole(Path(folder) / "predictions.jsonl") as file:
             file.writelines(json.dumps(prediction) + "\n" for prediction in predictions)
@@ -1754,16 +1747,17 @@ def train_phase(phase, first, steps, batch, peak, policy, encoder, records, cfg,
     together `done` are done already, in a run that is resumed."""
     folder, reference = Path(cfg.output_dir), None
     if phase == "grpo" and cfg.beta:  # the policy that GRPO starts from, frozen
-        start = folder / f"checkpoint-{first:06d}" if first else cfg.model
-        reference = setup(replace(cfg, model=str(start)))[0].eval().requires_grad_(False)
+        before = folder / f"checkpoint-{first:06d}" if first else cfg.model
+        reference = setup(replace(cfg, model=str(before)))[0].eval().requires_grad_(False)
     gc.collect()  # the optimizer of SFT, 12 bytes per weight, is part of a reference cycle
     optimizer = make_optimizer(policy)
     if done > first:
         restore(optimizer, folder / f"checkpoint-{done:06d}")
-    bar = tqdm(batches(encoder, records, batch, cfg.seed, steps, done - first), phase, steps,
-               initial=done - first, disable=rank_and_world()[0] > 0)
+    start, (rank, world) = done - first, rank_and_world()
+    plan = (batch_indices(len(records), batch, cfg.seed, k)[rank::world] for k in range(start, steps))
+    bar = tqdm(read_ahead(encoder, records, plan), phase, steps, initial=start, disable=rank > 0)
     ended = time.perf_counter()
-    for step, prompts in bar:
+    for step, prompts in enumerate(bar, start):
         lr, done = learning_rate(step, steps, peak, cfg.warmup_steps), first + step + 1
         if phase == "sft":
             metrics, groups = sft_step(policy, optimizer, encoder, prompts, cfg, lr)

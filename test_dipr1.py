@@ -697,12 +697,13 @@ def test_an_image_that_is_lost_while_training_weighs_nothing_and_many_stop_the_r
     write(tmp_path / "cut.png", Path(lines[1]["image"]).read_bytes()[:-400])
     lines[1] = lines[1] | {"image": "cut.png"}
     records = dipr1.load_records(write(tmp_path / "train.jsonl", *lines))
-    prompts = [prompt for _, step in dipr1.batches(encoder, records, 24, seed=0, steps=10) for prompt in step]
+    plan = [dipr1.batch_indices(240, 24, 0, step) for step in range(10)]
+    prompts = list(itertools.chain(*dipr1.read_ahead(encoder, records, plan)))
     (lost,) = [prompt for prompt in prompts if prompt.weight == 0]
     assert lost.index == 1 and "cut.png: no longer readable" in capsys.readouterr().err
     for record in records[:3]:
         record["path"] = "gone.png"
-    refused("more than 1% of the images", list, dipr1.batches(encoder, records, 24, seed=0, steps=10))
+    refused("more than 1% of the images", list, dipr1.read_ahead(encoder, records, plan))
 
 
 def step_config(**options):
@@ -995,7 +996,7 @@ def test_sft_learns_by_heart_and_evaluation_and_its_predictions_file_agree_on_it
         metrics, _ = dipr1.sft_step(policy, optimizer, encoder, prompts, cfg, 3e-3)
     assert metrics["nll"] < 0.1
     figures = dipr1.evaluate(policy, encoder, records, cfg, tmp_path, pictures=3)
-    assert "cut.png: counts as unanswered" in capsys.readouterr().err
+    assert "cut.png: no longer readable" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"000000.png", "000002.png"}
     assert figures["recall"] == 6 / 7 and figures["precision"] == 1 and figures["format_rate"] == 5 / 6
     written = tmp_path / "predictions.jsonl"
