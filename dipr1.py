@@ -1650,9 +1650,8 @@ def predict(policy, encoder, prompts, cfg):
     uniforms[:, 0] = float("nan")
     for group in rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms):
         rewards = group_rewards(group, cfg.recall_weight).tolist()
-        if cfg.samples:
-            siblings = Group(group.prompt, [], texts=group.texts[1:])
-            rewards[1:] = group_rewards(siblings, cfg.recall_weight).tolist()
+        siblings = Group(group.prompt, [], texts=group.texts[1:])
+        rewards[1:] = group_rewards(siblings, cfg.recall_weight).tolist()
         answers = zip(group.responses, group.texts, rewards)
         first, *rest = [as_prediction(*answer, group.prompt) for answer in answers]
         yield unanswered(group.prompt.record) | first | {"samples": rest}, group
