@@ -1469,8 +1469,7 @@ def draw_picture(group, path, height=448):
     size = (round(prompt.width * scale), height)
     image = open_image(prompt.record["path"]).resize(size)
     answers = [r.answer for r in group.responses if np.ndim(r.answer) == 2 and r.answer.shape[1] == 4]
-    counts = [coverage(boxes, prompt.width, prompt.height) for boxes in answers]
-    unsure = disagreement(counts) if len(counts) > 1 else np.zeros((prompt.height // 14, prompt.width // 14))
+    unsure = disagreement([coverage(boxes, prompt.width, prompt.height) for boxes in answers or [None]])
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
     doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
