@@ -68,6 +68,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import logging
 
+import data_prep
 from data_prep import check_rows, open_image, read_jsonl, written_whole
 
 
@@ -1837,8 +1838,6 @@ SHOWN = ("precision", "recall", "f1", "ap50", "crowded_recall", "boxes_per_image
 
 def draw_demo(folder, seed):
     """Draw the scenes and make the tiny model, once for all ranks."""
-    import data_prep
-
     if rank_and_world()[0] == 0:
         for crowd, (n_train, n_held_out) in SCENES.items():
             data_prep.synthetic(folder / crowd, n_train + n_held_out, seed, val=n_held_out, crowd=crowd)
