@@ -1403,9 +1403,8 @@ def restore(optimizer, folder):
     device = local.masters[0].device
     saved = torch.load(folder / f"optimizer-{rank_and_world()[0]}.pt", map_location=device, weights_only=True)
     local.load_state_dict(saved["adamw"])
-    with torch.no_grad():
-        for master, value in zip(local.masters, saved["masters"]):
-            master.copy_(value)
+    for master, value in zip(local.masters, saved["masters"]):
+        master.copy_(value)
 
 
 @contextlib.contextmanager
