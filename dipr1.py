@@ -1740,9 +1740,11 @@ def parallel(policy):
     return nn.parallel.DistributedDataParallel(policy, **options)
 
 
-def train_phase(phase, first, steps, batch, peak, policy, encoder, records, cfg, log, done, received):
-    """SFT or GRPO: steps 0 .. `steps` - 1 of the phase, before which `first` steps belong to another. Of all
-    together `done` are done already, in a run that is resumed."""
+def train_phase(phase, policy, encoder, records, cfg, log, done, received):
+    """SFT or GRPO. `first` steps come before this phase; of all steps, `done` are done already."""
+    first, steps, batch, peak = {
+        "sft": (0, cfg.sft_steps, cfg.sft_batch, cfg.sft_lr),
+        "grpo": (cfg.sft_steps, cfg.steps, cfg.prompts_per_step, cfg.lr)}[phase]
     folder, reference = Path(cfg.output_dir), None
     if phase == "grpo" and cfg.beta:  # the policy that GRPO starts from, frozen
         before = folder / f"checkpoint-{first:06d}" if first else cfg.model
@@ -1756,18 +1758,18 @@ def train_phase(phase, first, steps, batch, peak, policy, encoder, records, cfg,
     bar = tqdm(read_ahead(encoder, records, plan), phase, steps, initial=start, disable=rank > 0)
     ended = time.perf_counter()
     for step, prompts in enumerate(bar, start):
-        lr, done = learning_rate(step, steps, peak, cfg.warmup_steps), first + step + 1
+        lr = learning_rate(step, steps, peak, cfg.warmup_steps)
         if phase == "sft":
             metrics, groups = sft_step(policy, optimizer, encoder, prompts, cfg, lr)
         else:
             metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
         began, ended = ended, time.perf_counter()  # waiting for data, checkpoints and pictures count, too
         log.write(phase, step, metrics | {"seconds": ended - began}, bar)
-        if phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0 and log.file:
+        if phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0 and rank == 0:
             draw_picture(groups[0], folder / "pictures" / f"step-{step + 1:06d}.png")
         asked = int(over_ranks([max(received, default=0)], "MAX")[0])  # to stop, on any rank
         if asked or step + 1 == steps or cfg.save_every and (step + 1) % cfg.save_every == 0:
-            save_checkpoint(policy, encoder, optimizer, done, cfg)
+            save_checkpoint(policy, encoder, optimizer, first + step + 1, cfg)
         if asked:
             print0(f"\nstopped by {signal.Signals(asked).name}; go on with --resume")
             raise SystemExit(128 + asked)
@@ -1816,14 +1818,11 @@ def train(cfg):
     policy, encoder = setup(replace(cfg, model=str(folder or cfg.model)))
     warn_of_long_truths(encoder, records, cfg.max_new_tokens)
     policy, log = parallel(policy), Log(cfg.output_dir, done)
-    phases = ("sft", 0, cfg.sft_steps, cfg.sft_batch, cfg.sft_lr), (
-        "grpo", cfg.sft_steps, cfg.steps, cfg.prompts_per_step, cfg.lr)
     with noting_signals() as received:
-        for phase, first, steps, batch, peak in phases:
-            if done < first + steps:
-                plan = phase, first, steps, batch, peak
-                train_phase(*plan, policy, encoder, records, cfg, log, done, received)
-                done = first + steps
+        for phase, last in ("sft", cfg.sft_steps), ("grpo", cfg.sft_steps + cfg.steps):
+            if done < last:
+                train_phase(phase, policy, encoder, records, cfg, log, done, received)
+                done = last
 
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
