@@ -1882,11 +1882,9 @@ def run_demo(cfg):
     report(folder / "summary.json", columns, {"seed": cfg.seed, "seconds": seconds, **found})
     if rank_and_world()[0] == 0:  # one crowd as all of them answer it
         sheets = [Image.open(folder / name / "dense/pictures/000000.png") for name in runs]
-        crowd = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
-        for number, (name, sheet) in enumerate(zip(runs, sheets)):
+        for name, sheet in zip(runs, sheets):
             ImageDraw.Draw(sheet).text((sheet.width // 2 - 80, 6), name, (255, 255, 255))
-            crowd.paste(sheet, (0, number * sheet.height))
-        crowd.save(folder / "crowd.png")
+        Image.fromarray(np.vstack(sheets)).save(folder / "crowd.png")
     print0(f"\n{seconds} s. Written: {folder}/summary.json, crowd.png, and each run's metrics and pictures")
 
 
