@@ -1492,11 +1492,6 @@ def draw_picture(group, path, height=448):
 EVALUATION = 2**31  # stands where training has its step: evaluation draws numbers that training never sees
 
 
-def ratio(a, b):
-    """a / b, and 0 where b is 0."""
-    return float(a / b) if b else 0.0
-
-
 # JI = k / (m + n - k),   k pairs of m predictions and n truths
 def image_counts(pred, truth, ignore, *_):
     """One image, matched at IoU 0.5 -> [pairs, predictions, truths, crowded truths, those found, JI].
@@ -1547,15 +1542,16 @@ def average_precision(images, iou_threshold):
 
 
 def detection_figures(images):
-    """`compared` images -> dict of figures; the README defines each."""
+    """`compared` images -> dict of figures; the README defines each. A share of nothing is 0."""
     counts = np.array([image_counts(*image) for image in images], float)
     tp, n_pred, n_truth, n_crowded, n_found = counts[:, :5].sum(axis=0)
     jaccard = counts[~np.isnan(counts[:, 5]), 5]
     aps = [average_precision(images, iou) for iou in np.linspace(0.5, 0.95, 10)]
     return {
-        "precision": ratio(tp, n_pred), "recall": ratio(tp, n_truth), "f1": ratio(2 * tp, n_pred + n_truth),
-        "jaccard": ratio(jaccard.sum(), len(jaccard)), "ap": np.mean(aps), "ap50": aps[0], "ap70": aps[4],
-        "crowded_recall": ratio(n_found, n_crowded), "count_mae": np.abs(counts[:, 1] - counts[:, 2]).mean(),
+        "precision": tp / max(n_pred, 1), "recall": tp / max(n_truth, 1),
+        "f1": 2 * tp / max(n_pred + n_truth, 1), "jaccard": jaccard.sum() / max(len(jaccard), 1),
+        "ap": np.mean(aps), "ap50": aps[0], "ap70": aps[4], "crowded_recall": n_found / max(n_crowded, 1),
+        "count_mae": np.abs(counts[:, 1] - counts[:, 2]).mean(),
         "boxes_per_image": np.mean([len(pred) for pred, *_ in images]),
         "truth_boxes_per_image": n_truth / len(images),
     }
@@ -1579,7 +1575,7 @@ def ocr_figures(images):
     words = [(Counter(pred.split()), Counter(truth.split())) for pred, truth, *_ in images]
     common, total = sum((a & b).total() for a, b in words), sum((a + b).total() for a, b in words)
     distance = [1 - ocr_reward(pred, truth) for pred, truth, *_ in images]
-    return {"edit_distance": np.mean(distance), "word_f1": ratio(2 * common, total)}
+    return {"edit_distance": np.mean(distance), "word_f1": 2 * common / max(total, 1)}
 
 
 def compared(record, prediction):
@@ -1607,7 +1603,7 @@ def evaluate_predictions(records, predictions):
         figures |= {prefix + n: value for n, value in task_of(images[0][-1]).figures(images).items()}
     if samples and tasks == ["detection"]:
         tp, n_pred, n_truth, *_ = np.sum([image_counts(*compared(*sample)) for sample in samples], axis=0)
-        figures["sampled_f1"] = ratio(2 * tp, n_pred + n_truth)
+        figures["sampled_f1"] = 2 * tp / max(n_pred + n_truth, 1)
     for prefix, entries in (("", predictions), ("sampled_", [sample for _, sample in samples])):
         if entries and all("rewards" in entry for entry in entries):
             form, look, accuracy = np.array([entry["rewards"] for entry in entries], float).T
