@@ -1618,14 +1618,12 @@ def as_prediction(response, text, rewards, prompt):
     """A completion as predictions.jsonl keeps it, boxes and points in pixels of the original image. An answer
     that does not parse is empty."""
     record, task, answer = prompt.record, task_of(prompt.record), response.answer
-    entry = {"text": text, "rewards": [None if r != r else r for r in rewards]}
-    if not task.columns:
-        return entry | {task.truth: answer or ""}
-    answer = np.zeros((0, task.columns)) if answer is None else answer
-    if task.columns == 4:
-        answer = answer.clip(0, [prompt.width, prompt.height] * 2)
-    rows = to_image_space(answer, (record["width"], record["height"]), prompt.grid).round(2).tolist()
-    return entry | {task.truth: rows} | ({"labels": response.labels or []} if "labels" in record else {})
+    if task.columns and answer is not None:
+        inside = answer.clip(0, [prompt.width, prompt.height] * (task.columns // 2))
+        answer = to_image_space(inside, (record["width"], record["height"]), prompt.grid).round(2).tolist()
+    rewards = [None if r != r else r for r in rewards]  # JSON has no NaN
+    entry = {"text": text, "rewards": rewards, task.truth: answer or unanswered(record)[task.truth]}
+    return entry | ({"labels": response.labels or []} if "labels" in record else {})
 
 
 def unanswered(record):
