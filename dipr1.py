@@ -1855,9 +1855,8 @@ def evaluated(run, folder, crowds=tuple(SCENES)):
 def run_demo(cfg):
     """`--demo`, the paper's situation in miniature: a model that can see meets a crowd, with few labels.
 
-    A tiny model is pretrained on sparse scenes. From there SFT and `--method` train it on the same 400 dense
-    scenes, for the same time. All three are evaluated on held-out scenes: the sparse ones, which may be
-    forgotten, the dense crowd, and a night that nobody was trained on.
+    From one pretrained start SFT and `--method` train for the same time. All three answer held-out scenes:
+    the sparse ones, which may be forgotten, the dense crowd, and a night that nobody was trained on.
     """
     began, folder = time.time(), Path(cfg.output_dir)
     if not (cfg.sft_steps and cfg.steps):
