@@ -1659,7 +1659,7 @@ def evaluate(policy, encoder, records, cfg, folder, pictures=8):
     bar = tqdm(read_ahead(encoder, records, plan, tolerated=1), "evaluating", len(plan), disable=rank > 0)
     for prompts in bar:
         seen = [prompt for prompt in prompts if prompt.weight]
-        for prediction, group in predict(unwrap(policy), encoder, seen, cfg) if seen else ():
+        for prediction, group in predict(policy, encoder, seen, cfg) if seen else ():
             predictions[group.prompt.index] = prediction
             if group.prompt.index < pictures:
                 draw_picture(group, Path(folder) / "pictures" / f"{group.prompt.index:06d}.png")
