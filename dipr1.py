@@ -1759,7 +1759,8 @@ def train_phase(phase, policy, encoder, records, cfg, log, done, received):
             metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
         began, ended = ended, time.perf_counter()  # waiting for data, checkpoints and pictures count, too
         log.write(phase, step, metrics | {"seconds": ended - began}, bar)
-        if phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0 and rank == 0:
+        pictured = phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0
+        if pictured and rank == 0 and groups[0].prompt.weight:  # there is nothing to draw of a lost image
             draw_picture(groups[0], folder / "pictures" / f"step-{step + 1:06d}.png")
         asked = int(over_ranks([max(received, default=0)], "MAX")[0])  # to stop, on any rank
         if asked or step + 1 == steps or cfg.save_every and (step + 1) % cfg.save_every == 0:
