@@ -727,33 +727,32 @@ class Packed:
 
 
 def pack(groups):
-    """Lay groups out for one forward -> Packed. Every index follows from the lengths of the parts.
+    """Lay groups out for one forward -> Packed. The tree is made by padding; a row is what is real of it.
 
     A prompt of 3 tokens with completions a b and c, alone in a forward: the row is [ p p p a b c ], the tree
     [ p p p | a b | c . ], `to_tree` 3 4 5 5, `from_tree` 0 1 2 3 4 5, `sources` 2 3 2, positions 0 1 2 3 4 3.
     """
+    def positions(group):  # (length, 3)
+        start = group.prompt.positions.max() + 1
+        ranges = [(start + torch.arange(len(o), device=o.device)).expand(3, -1) for o in group.completions]
+        return torch.cat([group.prompt.positions, *ranges], dim=1).T
+
     rows = [torch.cat([group.prompt.ids, *group.completions]) for group in groups]
     device, R, L = rows[0].device, len(rows), max(map(len, rows))
     prompts = torch.tensor([len(group.prompt.ids) for group in groups])[:, None, None]  # (R, 1, 1)
     lengths = pad_sequence([torch.tensor([len(o) for o in g.completions]) for g in groups], batch_first=True)
     P, G, T = prompts.max().item(), lengths.shape[1], lengths.max().item()
     t, key = torch.arange(T), torch.arange(P + T)
-    column = prompts + (lengths.cumsum(1) - lengths)[..., None] + t  # (R, G, T) of token t of o_i in its row
-    real = t < lengths[..., None]  # the rest is padding
-    here = torch.arange(R)[:, None, None].expand_as(real)[real], column[real]  # of all N tokens
-
-    from_tree = torch.arange(L).repeat(R, 1)  # a token of the prompt stays in its place
-    from_tree[here] = (P + torch.arange(G * T)).view(G, T).expand_as(real)[real]
-    before = torch.where(t == 0, prompts, column)[real] - 1  # o_i's first token follows the prompt's last
+    written = t < lengths[..., None]  # (R, G, T)
+    real = torch.cat([torch.arange(P) < prompts[:, 0], written.flatten(1)], dim=1)  # (R, P + G T)
+    to_tree = (real.cumsum(dim=1) - 1)[:, P:]  # padding takes the column of the token before it
+    from_tree = real.int().argsort(dim=1, descending=True, stable=True)[:, :L]
+    before = torch.where(t == 0, prompts, to_tree.view_as(written)) - 1  # o_i follows the prompt's last token
+    sources = (torch.arange(R)[:, None, None] * L + before)[written]
     mask = (key < prompts) | (key >= P) & (key <= P + t[:, None])  # (R, T, P + T)
-    positions = pad_sequence([group.prompt.positions.T for group in groups], batch_first=True)  # (R, P, 3)
-    first = positions.amax(dim=(1, 2))[here[0].to(device)] + 1
-    positions = pad(positions, (0, 0, 0, L - P))
-    positions[here] = (first + t.expand_as(real)[real].to(device))[:, None]
-    to_tree = column.clamp(max=L - 1).flatten(1)  # padding gathers any token
-    layout = here[0] * L + before, to_tree, from_tree, mask.repeat_interleave(G, 0)[:, None]
-    ids = pad_sequence(rows, batch_first=True)
-    return Packed(ids, positions.permute(2, 0, 1), *(x.to(device) for x in layout))
+    layout = sources, to_tree, from_tree, mask.repeat_interleave(G, 0)[:, None]
+    ids, places = (pad_sequence(x, batch_first=True) for x in (rows, [positions(g) for g in groups]))
+    return Packed(ids, places.permute(2, 0, 1), *(x.to(device) for x in layout))
 
 
 # o = softmax(q k^T / sqrt(d)) v
