@@ -834,12 +834,6 @@ class Policy(nn.Module):
         pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
         return list(self.model.get_image_features(pixels, grid).pooler_output)
 
-    @torch.no_grad()
-    def keep_features(self, prompts):
-        """One pass of the vision tower for all that follows, where it is not trained."""
-        for prompt, features in zip(prompts, self.see(prompts)):
-            prompt.features = features
-
     def embed(self, ids, features):
         """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder token
         inside a completion stays an ordinary token."""
@@ -1158,7 +1152,9 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     """Sample a group for each prompt, reward it, and update the policy -> (metrics, groups)."""
     started = time.perf_counter()
     if cfg.freeze_vision:
-        unwrap(policy).keep_features(prompts)
+        with torch.no_grad():  # one pass of the vision tower for all that follows
+            features = unwrap(policy).see(prompts)
+        prompts = [replace(prompt, features=seen) for prompt, seen in zip(prompts, features)]
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
     groups = rollout(unwrap(policy), encoder, prompts, cfg.max_new_tokens, uniforms)
