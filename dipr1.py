@@ -973,16 +973,14 @@ def captured(step, *inputs):
 
 
 @torch.no_grad()
-def rollout(policy, encoder, prompts, max_new_tokens, uniforms=None):
+def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     """Complete each prompt G times -> a list of Groups.
 
-    `uniforms` (P, G, max_new_tokens) are the random numbers, NaN where the likeliest token is wanted; None:
-    one greedy completion each. All rows write their t-th token to the same column of the cache. Rows that
-    have met EOS are dropped once they make up half of the batch.
+    `uniforms` (P, G, max_new_tokens) are the random numbers, NaN where the likeliest token is wanted. All
+    rows write their t-th token to the same column of the cache. Rows that have met EOS are dropped once they
+    make up half of the batch.
     """
     policy.eval()
-    if uniforms is None:
-        uniforms = torch.full((len(prompts), 1, max_new_tokens), float("nan"))
     device, G = policy.model.device, uniforms.shape[1]
     uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
     logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)

@@ -544,7 +544,9 @@ def test_the_rollout_is_scored_as_sampled_and_equals_a_naive_loop_token_for_toke
     prompts, lengths, n = prompts[1:3], [], 40
     if frozen:
         prompts = [dataclasses.replace(p, features=seen) for p, seen in zip(prompts, policy.see(prompts))]
-    groups = dipr1.rollout(policy, encoder, prompts, n) if greedy else sampled(policy, encoder, prompts, 4, n)
+    likeliest = torch.full((len(prompts), 1, n), NAN)
+    groups = (dipr1.rollout(policy, encoder, prompts, n, likeliest) if greedy
+              else sampled(policy, encoder, prompts, 4, n))
     with torch.no_grad():
         assert torch.allclose(torch.cat([group.rollout_logp for group in groups]), policy(groups), atol=1e-4)
         for group, row in itertools.product(groups, range(1 if greedy else 4)):
