@@ -1049,10 +1049,10 @@ def make_optimizer(policy):
     """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if dist.is_initialized():
-        options |= dict(optimizer_class=MasterAdamW, parameters_as_bucket_view=True)  # few, large broadcasts
-        return ZeroRedundancyOptimizer(trained, **options)
-    return MasterAdamW(trained, **options)
+    if not dist.is_initialized():
+        return MasterAdamW(trained, **options)
+    return ZeroRedundancyOptimizer(  # the view makes few, large broadcasts of many
+        trained, MasterAdamW, parameters_as_bucket_view=True, **options)
 
 
 def learning_rate(step, steps, peak, warmup):
