@@ -1113,9 +1113,8 @@ def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
 # With one completion, the truth, and A = 1: on policy rho = 1, and the gradient of -rho A is that of -log pi
 def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     """One supervised step, which is an update on the truth -> (metrics, groups)."""
-    groups = [Group(prompt, [encoder.target(prompt)]) for prompt in prompts]
-    for group in groups:
-        group.advantages = torch.ones(group.n_tokens, device=encoder.device)
+    targets = [encoder.target(prompt) for prompt in prompts]
+    groups = [Group(p, [o], advantages=torch.ones(len(o), device=o.device)) for p, o in zip(prompts, targets)]
     return update(policy, optimizer, groups, cfg, lr), groups
 
 
