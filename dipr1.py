@@ -846,7 +846,7 @@ class Policy(nn.Module):
         return hidden / self.temperature, self.model.lm_head.weight, self.forbidden
 
     def forward(self, groups):
-        """Groups -> the flat (N,) log-probabilities of all their tokens, group by group."""
+        """Groups -> for each the flat (N,) log-probabilities of its tokens."""
         packed, features = pack(groups), self.see([group.prompt for group in groups])
         hidden = self.model.model.language_model(
             inputs_embeds=torch.stack([self.embed(i, f) for i, f in zip(packed.ids, features)]),
@@ -854,7 +854,8 @@ class Policy(nn.Module):
             attention_mask={"full_attention": packed},  # in this form it goes to the layers untouched
         ).last_hidden_state
         targets = torch.cat([completion for group in groups for completion in group.completions])
-        return token_logprobs(*self.head(hidden.flatten(0, 1)[packed.sources]), targets)
+        logp = token_logprobs(*self.head(hidden.flatten(0, 1)[packed.sources]), targets)
+        return logp.split([group.n_tokens for group in groups])
 
 
 def unwrap(policy):
@@ -1071,11 +1072,6 @@ def forwards(groups, tokens_per_forward):
     return lists
 
 
-def scored(policy, groups):
-    """One forward -> (group, its (N,) log-probabilities) for each group."""
-    return zip(groups, policy(groups).split([group.n_tokens for group in groups]))
-
-
 def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
     """One optimizer step on the groups' mean loss, gradients averaged over the ranks by DDP -> metrics.
 
@@ -1090,7 +1086,7 @@ def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
         wait = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(lists)
         with policy.no_sync() if wait else contextlib.nullcontext():  # around forward and backward both
             loss = 0.0
-            for group, logp in scored(policy, together):
+            for group, logp in zip(together, policy(together)):
                 if group.old_logp is None:  # until the first update, pi_old is pi itself
                     group.old_logp = logp.detach()
                 terms = logp, group.old_logp, group.ref_logp, group.advantages
@@ -1162,7 +1158,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
         group.advantages = advantages
     for together in forwards(groups, cfg.tokens_per_forward) if reference else ():
         with torch.no_grad():
-            for group, logp in scored(reference, together):
+            for group, logp in zip(together, reference(together)):
                 group.ref_logp = logp
     for _ in range(cfg.num_iterations):
         metrics = update(policy, optimizer, groups, cfg, lr)

@@ -453,7 +453,7 @@ def test_packed_groups_equal_one_padded_forward_a_completion(tiny, temperature, 
     groups = [random_group(prompts[k], lengths[k], seed=k) for k in lengths]
     weight = torch.linspace(-1, 1, sum(group.n_tokens for group in groups))
     with replaced(token_logprobs=functools.partial(dipr1.token_logprobs, chunk=32)):
-        packed = policy(groups)
+        packed = torch.cat(policy(groups))
     (packed * weight).sum().backward()
     ours = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
@@ -461,7 +461,8 @@ def test_packed_groups_equal_one_padded_forward_a_completion(tiny, temperature, 
     (plain * weight).sum().backward()
     assert torch.allclose(packed, plain, atol=1e-5)
     groups[0].completions[0] += 7  # whose siblings do not see it
-    assert torch.equal(policy(groups)[5:], packed[5:]) and not torch.equal(policy(groups)[:5], packed[:5])
+    changed = torch.cat(policy(groups))
+    assert torch.equal(changed[5:], packed[5:]) and not torch.equal(changed[:5], packed[:5])
     for name, parameter in policy.named_parameters():
         assert torch.allclose(ours[name], parameter.grad, atol=1e-5, rtol=1e-4), name
         assert parameter.grad.abs().max() > 0 or "k_proj.bias" in name, name
@@ -548,7 +549,8 @@ def test_the_rollout_is_scored_as_sampled_and_equals_a_naive_loop_token_for_toke
     groups = (dipr1.rollout(policy, encoder, prompts, n, likeliest) if greedy
               else sampled(policy, encoder, prompts, 4, n))
     with torch.no_grad():
-        assert torch.allclose(torch.cat([group.rollout_logp for group in groups]), policy(groups), atol=1e-4)
+        for group, logp in zip(groups, policy(groups)):
+            assert torch.allclose(group.rollout_logp, logp, atol=1e-4)
         for group, row in itertools.product(groups, range(1 if greedy else 4)):
             uniforms, written = dipr1.draw_uniforms(0, 0, group.prompt.index, (4, n))[row], []
             while len(written) < n and not set(written) & set(encoder.eos):
@@ -816,7 +818,7 @@ def test_a_step_makes_likelier_what_earned_more_and_runs_tower_and_layers_no_mor
         assert metrics["lost_images"] == 1
         for group in groups[:2]:  # every completion is a token long
             earned = dipr1.total_reward(rewards_by_index()(group, 0), cfg)
-            assert ((policy([group]) - group.rollout_logp) * (earned - earned.mean())).sum() > 0
+            assert ((policy([group])[0] - group.rollout_logp) * (earned - earned.mean())).sum() > 0
 
 
 def test_ten_skipped_updates_in_a_row_stop_the_run_and_so_do_metrics_that_cannot_be_written(tmp_path):
@@ -1360,8 +1362,9 @@ def test_the_captured_step_samples_as_the_eager_one_and_bf16_scores_as_exactly_a
     precise = copy.deepcopy(policy).float()
     with torch.no_grad():
         exact, naive = (torch.cat([plain_logprobs(p, group) for group in groups]) for p in (precise, policy))
-        assert policy.model.dtype == torch.bfloat16 and torch.allclose(precise(groups), exact, atol=1e-3)
-        assert (policy(groups) - exact).abs().max() < 2 * (naive - exact).abs().max() + 0.01
+        ours, rough = torch.cat(precise(groups)), torch.cat(policy(groups))
+        assert policy.model.dtype == torch.bfloat16 and torch.allclose(ours, exact, atol=1e-3)
+        assert (rough - exact).abs().max() < 2 * (naive - exact).abs().max() + 0.01
 
 
 @on_gpu
@@ -1381,7 +1384,7 @@ def test_a_step_at_3b_fits_80_gb():
     group = our_rollout(policy, prompt, 8, 1024)
     group.advantages = torch.linspace(-1, 1, group.n_tokens, device="cuda")
     with torch.no_grad():
-        group.ref_logp = reference([group])
+        group.ref_logp = reference([group])[0]
     assert not dipr1.update(policy, optimizer, [group], Config(), 1e-6)["skipped"]
     assert torch.cuda.max_memory_allocated() < 80e9
 
@@ -2046,7 +2049,7 @@ def benchmark(shapes, G, new_tokens, repeats):
     """Measure both ways, turn by turn, and print the table: medians, and naive over ours."""
     policy, prompt = random_policy(shapes, "cuda" if torch.cuda.is_available() else "cpu")
     reference, measured = copy.deepcopy(policy).eval().requires_grad_(False), {"sdpa": [], "tree": []}
-    ours = lambda policy, group: policy([group])
+    ours = lambda policy, group: policy([group])[0]
     for _ in tqdm(range(repeats + 1), f"G {G}, {new_tokens} new tokens"):
         for attention, *way in (("sdpa", naive_rollout, plain_logprobs), ("tree", our_rollout, ours)):
             for model in (policy, reference):
