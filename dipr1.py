@@ -660,32 +660,27 @@ class Encoder:
         closed = lambda n: "</look>" in self.tokenizer.decode(completion[:n])  # false up to some n, then true
         return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
 
-    def target(self, prompt):
-        """The supervised target (n,): the truth written in the task's template, and EOS."""
-        text = target_text(prompt.record, prompt.truth, prompt.width, prompt.height, prompt.index)
+    def target(self, index, record):
+        """The supervised target (n,): the truth in the task's template, boxes from left to right, and EOS."""
+        task, (_, width, height, truth, _) = task_of(record), self.to_model(record)
+        answer = truth
+        if task.columns:
+            order = np.argsort(truth[:, 0], kind="stable")
+            answer = truth[order].round().astype(int)
+            if task.columns == 4:  # a box thinner than a pixel keeps one
+                answer[:, 2:] = np.maximum(answer[:, 2:], answer[:, :2] + 1)
+            answer = answer.tolist()
+            if "labels" in record:
+                names = [record["labels"][i] for i in order]
+                answer = [{"bbox_2d": box, "label": name} for box, name in zip(answer, names)]
+            # Escaped: what could close a section, and loose accents, which NFC would join to an escape.
+            answer = json.dumps(answer, ensure_ascii=False)
+            answer = re.sub("[<\u0300-\u036f]", lambda found: f"\\u{ord(found[0]):04x}", answer)
+        text = f"<answer>{answer}</answer>"
+        if "look" in task.sections:
+            look = weak_look(truth, width, height, index).round().astype(int).tolist()
+            text = f"<think>{len(truth)} in sight, {len(look)} to look at</think><look>{look}</look>{text}"
         return torch.tensor(self.tokens(text) + self.eos[:1], device=self.device)
-
-
-def target_text(record, truth, width, height, seed):
-    """The truth in the template of the record's task, boxes from left to right."""
-    task, answer = task_of(record), truth
-    if task.columns:
-        order = np.argsort(truth[:, 0], kind="stable")
-        answer = truth[order].round().astype(int)
-        if task.columns == 4:  # a box thinner than a pixel keeps one
-            answer[:, 2:] = np.maximum(answer[:, 2:], answer[:, :2] + 1)
-        answer = answer.tolist()
-        if "labels" in record:
-            names = [record["labels"][i] for i in order]
-            answer = [{"bbox_2d": box, "label": name} for box, name in zip(answer, names)]
-        # Escaped: what could close a section, and loose accents, which NFC would join to an escape.
-        answer = json.dumps(answer, ensure_ascii=False)
-        answer = re.sub("[<\u0300-\u036f]", lambda found: f"\\u{ord(found[0]):04x}", answer)
-    text = f"<answer>{answer}</answer>"
-    if "look" in task.sections:
-        look = weak_look(truth, width, height, seed).round().astype(int).tolist()
-        text = f"<think>{len(truth)} in sight, {len(look)} to look at</think><look>{look}</look>{text}"
-    return text
 
 
 def weak_look(truth, width, height, seed):
@@ -1109,7 +1104,7 @@ def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
 # With one completion, the truth, and A = 1: on policy rho = 1, and the gradient of -rho A is that of -log pi
 def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     """One supervised step, which is an update on the truth -> (metrics, groups)."""
-    targets = [encoder.target(prompt) for prompt in prompts]
+    targets = [encoder.target(prompt.index, prompt.record) for prompt in prompts]
     groups = [Group(p, [o], advantages=torch.ones(len(o), device=o.device)) for p, o in zip(prompts, targets)]
     return update(policy, optimizer, groups, cfg, lr), groups
 
@@ -1783,10 +1778,7 @@ def check_training(cfg, records):
 
 def warn_of_long_truths(encoder, records, max_new_tokens):
     """Say how many images cannot earn everything, since a right answer is longer than a completion may be."""
-    lengths = []
-    for index, record in enumerate(records):
-        _, width, height, truth, _ = encoder.to_model(record)
-        lengths.append(len(encoder.tokens(target_text(record, truth, width, height, index))) + 1)
+    lengths = [len(encoder.target(index, record)) for index, record in enumerate(records)]
     if too_long := sum(n > max_new_tokens for n in lengths):
         print0(f"warning: --max_new_tokens {max_new_tokens} cuts the truth of {too_long} of {len(records)} "
                f"images, which takes up to {max(lengths)} tokens")

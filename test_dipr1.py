@@ -516,7 +516,7 @@ def test_the_truths_own_target_earns_everything_for_every_task_and_any_string(ti
         texts.append(json.dumps(line, ensure_ascii=len(texts) % 3 == 0))
     for index, record in enumerate(dipr1.load_records(write(tmp_path / "odd.jsonl", *texts))):
         prompt, task = encoder.prompt(index, record, image), record["task"]
-        question, target = encoder.tokenizer.decode(prompt.ids), encoder.target(prompt)
+        question, target = encoder.tokenizer.decode(prompt.ids), encoder.target(index, record)
         assert (prompt.ids == encoder.image_token).sum() == 16  # no string adds a placeholder
         assert torch.isin(target, torch.tensor(encoder.eos)).tolist() == [False] * (len(target) - 1) + [True]
         assert record["target"] in question or task == "ocr"
@@ -777,7 +777,8 @@ def test_sft_has_the_gradient_of_the_mean_log_likelihood_of_the_truth(tiny):
     optimizer = SimpleNamespace(param_groups=[{}], step=keep)
     cfg = step_config(tokens_per_forward=500)
     metrics, _ = dipr1.sft_step(policy, optimizer, encoder, prompts, cfg, 1e-3)
-    logps = [plain_logprobs(policy, Group(prompt, [encoder.target(prompt)])) for prompt in prompts]
+    logps = [plain_logprobs(policy, Group(prompt, [encoder.target(prompt.index, prompt.record)]))
+             for prompt in prompts]
     (-sum(logp.mean() for logp in logps[:3]) / 4).backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 1, "clipping should be seen too"
@@ -1207,7 +1208,7 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
     write(data, *lines)
     capsys.readouterr()
     _, encoder, prompts = load(tiny)
-    longest = max(len(encoder.target(prompt)) for prompt in prompts)
+    longest = max(len(encoder.target(prompt.index, prompt.record)) for prompt in prompts)
     main(*flags, "--max_new_tokens", longest - 1)
     said = capsys.readouterr().out
     assert f"--max_new_tokens {longest - 1}" in said and "1 of 6 images" in said, "that do not fit"
