@@ -578,14 +578,13 @@ def to_image_space(boxes, size, grid):
 def setup(cfg):
     """Load `--model`, a name or a folder, to this process's device -> (policy, encoder). SystemExit gives the
     reason if it cannot be loaded, or not completely: a weight that is not in the file would be random."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs the one that is current
     try:
         kind = AutoConfig.from_pretrained(cfg.model).model_type
         if kind != "qwen2_5_vl":
             raise ValueError(f"it is a {kind}, not a qwen2_5_vl")
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model, dtype=torch.bfloat16 if cuda else torch.float32, output_loading_info=True)
+            cfg.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
