@@ -245,15 +245,11 @@ def match_boxes(pred, gt, iou_threshold=0.5):
     return rows[paired], cols[paired], iou[rows, cols][paired]
 
 
-def share_ignored(boxes, ignore):
-    """(n, 4), (m, 4) -> (n,) in [0, 1]: the largest share of each box that lies in an ignore region."""
-    return box_iou(boxes, ignore, of_first=True).max(axis=1, initial=0)
-
-
 def count_ignored(boxes, matched, ignore):
     """How many unmatched boxes lie more than half inside an ignore region. They are not counted: nothing is
     annotated there, so they are neither right nor wrong."""
-    return int((np.delete(share_ignored(boxes, ignore), matched) > 0.5).sum())
+    others = np.delete(boxes, matched, axis=0)
+    return int((box_iou(others, ignore, of_first=True) > 0.5).any(axis=1).sum())
 
 
 def crowds(boxes, iou_threshold=0.2):
@@ -1504,15 +1500,16 @@ def average_precision(images, iou_threshold):
     hits, n_truth, by_class = defaultdict(list), Counter(), []
     for pred, truth, ignore, labels, record in images:
         n_truth.update(record.get("labels", [None] * len(truth)))
-        overlaps, ignored, written = box_iou(pred, truth), share_ignored(pred, ignore), Counter()
-        for label, overlap, share in zip(labels, overlaps, ignored):
+        overlaps, ignored = box_iou(pred, truth), box_iou(pred, ignore, of_first=True)
+        written = Counter()
+        for label, overlap, shares in zip(labels, overlaps, ignored):
             written[label] += 1
             if written[label] > 100:
                 continue
             if overlap.max(initial=0) >= iou_threshold - 1e-9:  # not a matter of rounding
                 overlaps[:, overlap.argmax()] = 0  # this truth is taken
                 hits[label].append(1)
-            elif share < iou_threshold:
+            elif shares.max(initial=0) < iou_threshold:
                 hits[label].append(0)
     for label, n in n_truth.items():
         tp = np.cumsum(hits[label])
