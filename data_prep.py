@@ -117,7 +117,8 @@ def as_text(value):
 
 
 def check_rows(name, rows, k, width=None, height=None):
-    """Check that each row has exactly k finite numbers -> (n, k) array. ValueError names the first at fault.
+    """Check that each row has exactly k numbers below 10^6 in size -> (n, k) array. ValueError names the first
+    row at fault.
 
     With the size of an image, rows are boxes (k = 4) or points (k = 2) in its pixels: boxes have x1 < x2 and
     y1 < y2, and a pixel of overhang, as rounding causes it, is clipped.
@@ -130,8 +131,8 @@ def check_rows(name, rows, k, width=None, height=None):
     if not isinstance(rows, (list, tuple)):
         raise ValueError(f"{name} must be a list of rows, not {rows!r:.80}")
     require((isinstance(row, (list, tuple)) and len(row) == k
-             and all(type(v) in (int, float) and abs(v) < 1e9 for v in row)  # abs(nan) < 1e9 is false
-             for row in rows), f"is not {k} finite numbers")
+             and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # true is no number, nor is NaN < 1e6
+             for row in rows), f"is not {k} numbers below a million")
     table = np.array(rows, float).reshape(-1, k)
     if width is None:
         return table

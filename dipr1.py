@@ -168,24 +168,16 @@ def parse_rows(text, columns):
     text, key = text.strip(), "bbox_2d" if columns == 4 else "point_2d"
     if text.startswith("```") and text.endswith("```"):
         text = text[3:-3].lstrip(string.ascii_letters)  # ```json, ```JSON, ```python
-
-    def is_number(x):  # below 10^6: finite, whatever the policy writes; type(), since True is no number
-        return type(x) in (int, float) and abs(x) < 1e6
-
-    def is_row(row):
-        return type(row) is list and len(row) == columns and all(map(is_number, row))
-
     try:
         rows = json.loads(text)
+        if not isinstance(rows, list) or rows and not isinstance(rows[0], (list, dict)):
+            rows = [rows]
+        rows = [row if isinstance(row, dict) else {key: row} for row in rows]
+        labels = [row.get("label") for row in rows]
+        labels = [label if label is None else unicodedata.normalize("NFC", str(label)) for label in labels]
+        return check_rows(key, [row.get(key) for row in rows], columns), labels
     except (ValueError, RecursionError):
         return None, None
-    rows = [rows] if isinstance(rows, dict) or is_row(rows) else rows
-    if not isinstance(rows, list):
-        return None, None
-    labels = [row.get("label") if isinstance(row, dict) else None for row in rows]
-    labels = [label if label is None else unicodedata.normalize("NFC", str(label)) for label in labels]
-    rows = [row.get(key) if isinstance(row, dict) else row for row in rows]
-    return (np.array(rows, float).reshape(-1, columns), labels) if all(map(is_row, rows)) else (None, None)
 
 
 def parse_boxes(text):
