@@ -117,8 +117,7 @@ def as_text(value):
 
 
 def check_rows(name, rows, k, width=None, height=None):
-    """Check that each row has exactly k numbers below 10^6 in size -> (n, k) array. ValueError names the first
-    row at fault.
+    """Check that each row has k numbers below 10^6 -> (n, k) array. ValueError names the first at fault.
 
     With the size of an image, rows are boxes (k = 4) or points (k = 2) in its pixels: boxes have x1 < x2 and
     y1 < y2, and a pixel of overhang, as rounding causes it, is clipped.
@@ -131,7 +130,7 @@ def check_rows(name, rows, k, width=None, height=None):
     if not isinstance(rows, (list, tuple)):
         raise ValueError(f"{name} must be a list of rows, not {rows!r:.80}")
     require((isinstance(row, (list, tuple)) and len(row) == k
-             and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # true is no number, nor is NaN < 1e6
+             and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # and no NaN
              for row in rows), f"is not {k} numbers below a million")
     table = np.array(rows, float).reshape(-1, k)
     if width is None:
@@ -328,7 +327,6 @@ def draw_page(rng, size, cell=28):
 
 def save_scene(out, seed, number, size, task, crowd):
     """Draw and save scene `number`, which depends on the seed and the crowd alone -> its record."""
-    # numpy ignores a trailing 0 of its seed: that is the sparse crowd.
     rng, name = np.random.default_rng([seed, number, list(CROWDS).index(crowd)]), f"images/{number:06d}.png"
     record = {"image": name, "width": size, "height": size, "target": "person", "task": task}
     if task == "ocr":
@@ -694,14 +692,15 @@ def refcoco_list(path, image_folder, scale):
     for place, entry in json_entries(path):
         with reading(path, place):
             phrase = entry.get("normal_caption") or entry.get("problem") or said_by("human", entry)
-            phrase = as_text(phrase).rpartition("sentence describes:")[2].replace("<image>", "")  # of VLM-R1
+            phrase = phrase.rpartition("sentence describes:")[2]  # of VLM-R1
+            phrase = phrase.replace("<image>", "").strip(" \n.")
             answer = entry["solution"] if "solution" in entry else said_by("gpt", entry)
             # The box is a list or the only one in a text: {"bbox_2d": [1, 2, 3, 4]}, <answer>[1, 2]</answer>.
             boxes = re.findall(r"\[[^][]*\]", answer if isinstance(answer, str) else json.dumps(answer))
             if len(boxes) != 1:
                 raise ValueError(f"one box is expected, not {answer!r:.80}")
             boxes = check_rows("box", [json.loads(boxes[0])], 4).tolist()
-            fields = {"task": "grounding", "target": phrase.strip(" \n."), "boxes": boxes, "scale": scale}
+            fields = {"task": "grounding", "target": as_text(phrase), "boxes": boxes, "scale": scale}
             yield image_of(entry, path, image_folder), fields
 
 

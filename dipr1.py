@@ -103,8 +103,8 @@ class Config:
     num_iterations: int = flag(1, "updates on each batch of rollouts", 1)
 
     format_weight: float = flag(1.0, "w_f", 0)
-    look_weight: float = flag(0.25, "w_l; the look is learned fast, and more of it costs precision", 0)
-    recall_weight: float = flag(0.85, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0)
+    look_weight: float = flag(0.1, "w_l; the look is learned fast, and more of it costs precision", 0)
+    recall_weight: float = flag(0.8, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0)
     look_credit: Literal["section", "completion"] = flag("section", "the tokens that earn the look reward")
 
     sft_steps: int = flag(0, "supervised steps before GRPO, on the truth written in the template", 0)
@@ -138,6 +138,7 @@ QUESTION = (  # our reading: the paper's prompt is not public
 )
 LABELLED = ' Instead of a bare box write {"bbox_2d": [x1, y1, x2, y2], "label": its name}.'
 SECTIONS = ("think", "look", "answer")  # of the template, in order
+nfc = functools.partial(unicodedata.normalize, "NFC")  # of Unicode's two spellings of an accent, one
 
 
 @dataclass
@@ -164,17 +165,17 @@ def section(text, name):
 def parse_rows(text, columns):
     """A JSON list of boxes (columns 4) or points (2), bare or in Qwen's own form `{"bbox_2d": [1, 2, 3, 4],
     "label": "person"}`, perhaps in a ``` fence -> ((n, columns), n labels or Nones), or (None, None). One row
-    that is not in a list is a list of one: models answer so for a single object."""
+    alone is a list of one: models answer so for a single object."""
     text, key = text.strip(), "bbox_2d" if columns == 4 else "point_2d"
     if text.startswith("```") and text.endswith("```"):
         text = text[3:-3].lstrip(string.ascii_letters)  # ```json, ```JSON, ```python
     try:
         rows = json.loads(text)
         if not isinstance(rows, list) or rows and not isinstance(rows[0], (list, dict)):
-            rows = [rows]
+            rows = [rows]  # one row that is not in a list
         rows = [row if isinstance(row, dict) else {key: row} for row in rows]
         labels = [row.get("label") for row in rows]
-        labels = [label if label is None else unicodedata.normalize("NFC", str(label)) for label in labels]
+        labels = [label if label is None else nfc(str(label)) for label in labels]
         return check_rows(key, [row.get(key) for row in rows], columns), labels
     except (ValueError, RecursionError):
         return None, None
@@ -200,7 +201,7 @@ def parse_response(text, names=SECTIONS, columns=4):
         answer, labels = (None, None) if answer is None else parse_rows(answer, columns)
     else:  # a page of text may hold anything, the tags too
         well_formed = text.strip().startswith(tags[0]) and text.strip().endswith(tags[1])
-        answer = answer and unicodedata.normalize("NFC", answer)  # as the truth is read
+        answer = answer and nfc(answer)
     look = None if look is None else parse_boxes(look)
     found = {"think": (think or "").strip() or None, "look": look, "answer": answer}
     complete = well_formed and all(found[name] is not None for name in names)
@@ -321,12 +322,12 @@ def look_rewards(responses, width, height):
 
 
 # r_acc = (1-w) P + w R,   P = TP / n_pred,   R = TP / n_gt
-def accuracy_reward(pred, gt, ignore=None, recall_weight=0.85, iou_threshold=0.5):
+def accuracy_reward(pred, gt, ignore=None, recall_weight=0.8, iou_threshold=0.5):
     """Weighted precision and recall of (n, 4) boxes in [0, 1]; `pred` None (unparseable) earns 0.
 
     Our reading of the paper's weighted precision-recall. Nothing there and nothing predicted: 1; one of the
     two empty: 0. A trap: with w = 0.5, dropping a doubtful box pays whenever its chance to be right is below
-    half the current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.85.
+    half the current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.8.
     """
     if pred is None:
         return 0.0
@@ -814,7 +815,10 @@ class Policy(nn.Module):
         if prompts[0].features is not None:
             return [prompt.features for prompt in prompts]
         pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
-        return list(self.model.get_image_features(pixels, grid).pooler_output)
+        trained = any(weight.requires_grad for weight in self.model.model.visual.parameters())
+        # Recomputation asks for gradients even of a frozen tower, and would run it again in the backward.
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return list(self.model.get_image_features(pixels, grid).pooler_output)
 
     def embed(self, ids, features):
         """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder token
@@ -1127,8 +1131,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     """Sample a group for each prompt, reward it, and update the policy -> (metrics, groups)."""
     started = time.perf_counter()
     if cfg.freeze_vision:
-        with torch.no_grad():  # one pass of the vision tower for all that follows
-            features = unwrap(policy).see(prompts)
+        features = unwrap(policy).see(prompts)  # one pass of the vision tower for all that follows
         prompts = [replace(prompt, features=seen) for prompt, seen in zip(prompts, features)]
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
@@ -1219,7 +1222,7 @@ def as_record(line, method):
     """A line of the data, checked -> a record, with its truth in `truth`. ValueError says what is wrong."""
     def text(value):
         value.encode()  # ValueError for half a surrogate pair, which no tokenizer can write
-        return unicodedata.normalize("NFC", value)  # as completions are read
+        return nfc(value)
 
     record = {"target": "person", "task": "detection", "method": method, "ignore": [], **line}
     size, task = (record["width"], record["height"]), TASKS.get((record["method"], record["task"]))
@@ -1331,7 +1334,8 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
                 if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
                     shutil.rmtree(old)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch.save, of a full disk
-        raise SystemExit(f"{final} could not be written: {error}. Make room, then --resume") from None
+        raise SystemExit(f"{final} could not be written: {error}. If the disk is full, make room; "
+                         "then --resume") from None
     barrier()
 
 
@@ -1649,9 +1653,10 @@ def load_predictions(path, records):
     A record that has no prediction counts as unanswered, with a warning."""
     questions, predictions = {}, {}
     for number, record in enumerate(records):
-        questions.setdefault(record["image"], []).append(number)
+        questions.setdefault(nfc(record["image"]), []).append(number)
 
     def check(entry):
+        entry = json.loads(nfc(json.dumps(entry, ensure_ascii=False)))  # all of its texts
         asked = [k for k in questions.get(entry["image"], [])
                  if all(entry.get(name, records[k][name]) == records[k][name] for name in ("target", "task"))]
         free = [k for k in asked if k not in predictions]
@@ -1660,7 +1665,11 @@ def load_predictions(path, records):
         if len({(records[k]["target"], records[k]["task"]) for k in asked}) > 1:
             raise ValueError(f"{entry['image']} is asked several questions: name the target")
         task = task_of(records[free[0]])
-        for answer in (entry, *entry.get("samples", [])) if task.columns else ():
+        for answer in (entry, *entry.get("samples", [])):
+            np.array(answer.get("rewards", [0, 0, 0]), float).reshape(3)  # ValueError unless they are three
+            if not task.columns:
+                answer[task.truth] = str(answer[task.truth])
+                continue
             rows = answer[task.truth] = check_rows(task.truth, answer[task.truth], task.columns)
             if len(answer.get("labels") or rows) != len(rows):
                 raise ValueError(f"{len(answer['labels'])} labels for {len(rows)} {task.truth}")
@@ -1789,21 +1798,12 @@ def train(cfg):
 
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=96, sft_steps=960, sft_lr=1e-4, sft_batch=16, steps=150, lr=2.5e-4,
-    prompts_per_step=16, tokens_per_forward=2000, gradient_checkpointing=False, save_every=0)
+    output_dir="runs/demo", max_new_tokens=96, sft_steps=1350, sft_lr=5e-5, sft_batch=16, steps=390, lr=3e-4,
+    prompts_per_step=8, tokens_per_forward=2000, gradient_checkpointing=False, save_every=0)
 PRETRAINING = dict(sft_steps=1900, sft_lr=2e-3, steps=0)  # stands for what Qwen2.5-VL knows already
 SCENES = {"sparse": (4000, 150), "dense": (400, 150), "night": (0, 150)}  # of each crowd: to train, held out
 SHOWN = ("precision", "recall", "f1", "ap50", "crowded_recall", "boxes_per_image", "truth_boxes_per_image",
          "sampled_f1", "sampled_look_reward")
-
-
-def draw_demo(folder, seed):
-    """Draw the scenes and make the tiny model, once for all ranks."""
-    if rank_and_world()[0] == 0:
-        for crowd, (n_train, n_held_out) in SCENES.items():
-            data_prep.synthetic(folder / crowd, n_train + n_held_out, seed, val=n_held_out, crowd=crowd)
-        data_prep.tiny(folder / "tiny", seed, texts=[CHAT, *(task.question for task in TASKS.values())])
-    barrier()  # nothing is read before it is drawn
 
 
 def trained(cfg, name, **changes):
@@ -1811,6 +1811,22 @@ def trained(cfg, name, **changes):
     run = replace(cfg, output_dir=str(Path(cfg.output_dir) / name), **changes)
     train(run)
     return replace(run, model=str(Path(run.output_dir) / f"checkpoint-{run.sft_steps + run.steps:06d}"))
+
+
+def pretrained(cfg):
+    """Draw the scenes of all crowds, and pretrain a tiny model on the sparse ones -> cfg of the model. It
+    learns the templates of both methods, so that both can go on from the same weights."""
+    folder, both = Path(cfg.output_dir), Path(cfg.output_dir) / "sparse/both.jsonl"
+    if rank_and_world()[0] == 0:
+        for crowd, (n_train, n_held_out) in SCENES.items():
+            data_prep.synthetic(folder / crowd, n_train + n_held_out, cfg.seed, val=n_held_out, crowd=crowd)
+        data_prep.tiny(folder / "tiny", cfg.seed, texts=[CHAT, *(task.question for task in TASKS.values())])
+        lines = read_jsonl(folder / "sparse/train.jsonl", dict)
+        with written_whole(both) as file:
+            file.writelines(json.dumps(line | {"method": method}) + "\n"
+                            for method in ("dip-r1", "perception-r1") for line in lines)
+    barrier()  # nothing is read before it is drawn
+    return trained(replace(cfg, model=str(folder / "tiny"), data=str(both)), "start", **PRETRAINING)
 
 
 def evaluated(run, folder, crowds=tuple(SCENES)):
@@ -1831,10 +1847,8 @@ def run_demo(cfg):
     if not (cfg.sft_steps and cfg.steps):
         raise SystemExit(f"--demo compares SFT and {cfg.method}: neither --sft_steps nor --steps may be 0")
     refuse_second_run(replace(cfg, output_dir=str(folder / "start")))
-    draw_demo(folder, cfg.seed)
-    sparse, dense = (str(folder / crowd / "train.jsonl") for crowd in ("sparse", "dense"))
-    start = trained(replace(cfg, model=str(folder / "tiny"), data=sparse), "start", **PRETRAINING)
-    cfg = replace(cfg, model=start.model, data=dense)
+    start = pretrained(cfg)
+    cfg = replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
     runs = {"start": start, "sft": trained(cfg, "sft", steps=0),
             cfg.method: trained(cfg, cfg.method, sft_steps=0)}
     found = {name: evaluated(run, folder) for name, run in runs.items()}
@@ -1852,7 +1866,7 @@ def run_demo(cfg):
 
 def parse_flags(argv):
     """The command line -> Config. SystemExit names a flag that is out of its range."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for option in fields(Config):
         how = dict(type=option.type)

@@ -822,6 +822,15 @@ def test_a_step_makes_likelier_what_earned_more_and_runs_tower_and_layers_no_mor
             assert ((policy([group])[0] - group.rollout_logp) * (earned - earned.mean())).sum() > 0
 
 
+def test_recomputation_does_not_run_a_frozen_tower_again(tiny):
+    options, runs = dict(freeze_vision=True, gradient_checkpointing=True), []
+    policy, encoder, prompts = load(tiny, **options)
+    policy.model.model.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    cfg = step_config(tokens_per_forward=10_000, **options)
+    dipr1.sft_step(policy, dipr1.make_optimizer(policy), encoder, prompts, cfg, 1e-3)
+    assert len(runs) == 1
+
+
 def test_ten_skipped_updates_in_a_row_stop_the_run_and_so_do_metrics_that_cannot_be_written(tmp_path):
     log, bar = dipr1.Log(tmp_path), tqdm(disable=True)
     metrics = {"loss": NAN, "grad_norm": INF, "skipped": 1.0}
@@ -1019,7 +1028,7 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
     """In any order, with any boxes. Where a line is wrong, the error names file, line and value."""
     data = [line_of(image=f"{n}.png", target="car", boxes=[[n, 1, 20, 20], [30, 30, 40, 40]])
             for n in range(4)]
-    data.append(data[3] | {"target": "person", "boxes": [[1, 2, 30, 40]]})
+    data.append(data[3] | {"target": "cafe\u0301", "boxes": [[1, 2, 30, 40]]})
     write(tmp_path / "d.jsonl", *data)
     lines = [{"image": line["image"], "boxes": line["boxes"]} for line in data[:3]]
     lines += [{name: line[name] for name in ("image", "target", "boxes")} for line in data[:2:-1]]
@@ -1027,6 +1036,7 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
     def score(*entries):
         path = write(tmp_path / "p.jsonl", *entries)
         return evaluation_of(tmp_path, "--predictions", path, "--data", tmp_path / "d.jsonl")
+    lines[3]["target"] = "caf\xe9"  # the other spelling of the same word
     figures = score(*lines)
     assert figures["f1"] == figures["jaccard"] == 1 and not {"format_rate", "sampled_f1"} & set(figures)
     assert score(*lines[1:])["recall"] == 7 / 9 and "no prediction for 1 of 5" in capsys.readouterr().out
@@ -1036,7 +1046,8 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
             (one_box | {"image": "3.png"}, "name the target"), ({"image": "0.png"}, "no 'boxes'"),
             (one_box | {"boxes": [[1, 2, 3, 4, 0.9]]}, r"boxes, row 1: \[1, 2, 3, 4, 0.9\] is not 4"),
             (one_box | {"samples": [{"boxes": [[1]]}]}, "boxes, row 1"),
-            (one_box | {"labels": ["a", "b"]}, "2 labels for 1 boxes")):
+            (one_box | {"labels": ["a", "b"]}, "2 labels for 1 boxes"),
+            (one_box | {"rewards": [1, 0]}, "cannot reshape"), (one_box | {"rewards": "good"}, "float")):
         refused(f"p.jsonl, line {1 + (line is lines[1])}: .*{said}", score, line, *lines[1:])
 
 
@@ -1060,6 +1071,8 @@ def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
     again = evaluation_of(tmp_path / "again", *flags, "--predictions", tmp_path / "eval/predictions.jsonl")
     assert again | {"source": 0} == figures | {"source": 0}
     refused("line 5: .*'grounding' does not go with --method dip-r1", dipr1.load_records, four_tasks)
+    silent = write(tmp_path / "silent.jsonl", {"image": "ocr/images/000000.png"})
+    refused("silent.jsonl, line 1: .*transcript", main, *flags, "--predictions", silent)
     # A count without points is evaluated by its number, and not trained on.
     line = next(line for line in read_lines(four_tasks) if line["task"] == "counting")
     line["count"] = len(line.pop("points"))
@@ -1751,7 +1764,8 @@ def test_lists_of_questions_are_read(tmp_path, command, entry, fields, as_lines)
     ("citypersons", "annotations/anno_val.mat", "no matlab file at all", "anno_val.mat: "),
     *[("refcoco", "list", ENTRY | changes, said) for changes, said in [
         ({"solution": [1, 2, 3]}, "line 1: .*not 4"), ({"solution": "none"}, "line 1: one box is expected"),
-        ({"problem": None}, "1: no 'conversations'"), ({"image": ["a", "b"]}, "line 1: a text is expected"),
+        ({"problem": None}, "1: no 'conversations'"), ({"problem": "<image>"}, "line 1: a text is expected"),
+        ({"image": ["a", "b"]}, "line 1: a text is expected"),
         ({"solution": [9, 250, 40, 750]}, "a.jpg: .*outside.*--scale N"),
         ({"solution": [9, 9, 4, 20]}, "nothing converted.*1 left out: faulty")]],
     *[("pixmo_count", "list", BIRDS | changes, said) for changes, said in [
@@ -1836,9 +1850,9 @@ def test_real_files_convert_to_the_right_counts(tmp_path, command, file, source,
 # python test_dipr1.py: the naive way of the tests and ours, timed side by side; --compare N: SFT,
 # Perception-R1 and DIP-R1 from one start, on the same scenes, for the same time
 
-SFT_RATES = 1e-4, 2e-4, 5e-4  # SFT has the best of them, found on seed 0
+SFT_RATES = 2.5e-5, 5e-5, 1e-4  # SFT has the best of them, found on seed 0
 WAYS = {  # what goes on from the start, beside SFT; Perception-R1's steps are shorter, so it takes more
-    "Perception-R1": dict(method="perception-r1", steps=198), "DIP-R1 without look": dict(look_weight=0.0),
+    "Perception-R1": dict(method="perception-r1", steps=516), "DIP-R1 without look": dict(look_weight=0.0),
     "DIP-R1, plain sum": dict(look_credit="completion"), "DIP-R1": dict()}
 CURVES, POINTS = {"SFT": "#d1495b", "DIP-R1": "#00798c"}, 6  # the colour of each; checkpoints of a way
 SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
@@ -1863,16 +1877,10 @@ def curve(run, start, folder):
 
 def compare_once(seed, folder, rates, **options):
     """One seed -> the best of SFT's rates, the figures of each way on each crowd, its minutes of training,
-    and the curves of SFT and DIP-R1. The pretraining takes each scene in both templates, so that all ways go
-    on from the same weights. Interrupted, it goes on."""
+    and the curves of SFT and DIP-R1. SFT and DIP-R1 do what the demo does. Interrupted, it goes on."""
     options = {**dipr1.DEMO, "seed": seed, "output_dir": str(folder), "resume": True, "keep": 0, **options}
-    cfg, both = Config(**options), folder / "sparse/both.jsonl"
-    dipr1.draw_demo(folder, seed)
-    if dipr1.rank_and_world()[0] == 0:
-        lines = read_lines(folder / "sparse/train.jsonl")
-        write(both, *(line | {"method": method} for method in METHODS for line in lines))
-    dipr1.barrier()
-    start = dipr1.trained(cfg, "start", model=str(folder / "tiny"), data=str(both), **dipr1.PRETRAINING)
+    cfg = Config(**options)
+    start = dipr1.pretrained(cfg)
     cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
     sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
            for rate in rates}
