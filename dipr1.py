@@ -22,7 +22,7 @@ the words "our reading" stand beside it. `--method perception-r1` is Perception-
 baseline to beat: the two differ in what they ask and what they reward, which is one table, TASKS.
 
 Read from the top: template, boxes, rewards, advantages and loss, the model, the rollout, one training step.
-That is the whole method. Data, checkpoints, evaluation and the command line follow.
+That is the whole method. Loading, data, checkpoints, evaluation and the command line follow.
 """
 import argparse
 import bisect
@@ -564,31 +564,6 @@ def to_image_space(boxes, size, grid):
     return boxes / to_model_space(np.ones_like(boxes), size, grid)
 
 
-def setup(cfg):
-    """Load `--model`, a name or a folder, to this process's device -> (policy, encoder). SystemExit gives the
-    reason if it cannot be loaded, or not completely: a weight that is not in the file would be random."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs the one that is current
-    try:
-        kind = AutoConfig.from_pretrained(cfg.model).model_type
-        if kind != "qwen2_5_vl":
-            raise ValueError(f"it is a {kind}, not a qwen2_5_vl")
-        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        if tokenizer.convert_tokens_to_ids("<|image_pad|>") != model.config.image_token_id:
-            raise ValueError("its tokenizer is missing, or belongs to another model")
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"cannot load --model {cfg.model}: {' '.join(str(error).split())[:300]}") from None
-    image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
-    model.model.visual.requires_grad_(not cfg.freeze_vision)
-    if cfg.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return Policy(model.to(device), tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
-
-
 class Encoder:
     """Records to prompts and truths to target texts: all that needs the tokenizer or the image processor."""
 
@@ -927,38 +902,6 @@ def decode_step(policy, cache):
     return step
 
 
-def captured(step, *inputs):
-    """A decode step as a CUDA graph: recorded once, then replayed with new inputs copied to the old places.
-
-    A step is a thousand small kernels, and Python takes longer to launch them than the GPU to run them; a
-    replay launches all at once. It is exact: the same kernels on the same memory. If something in the model
-    cannot be recorded, the step runs as it is, with a warning.
-    """
-    places = [value.clone() for value in inputs]
-    try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step(*places)  # libraries set themselves up on first use, which must not be recorded
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using CUDA
-            try:
-                logprobs = step(*places)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-    except RuntimeError as error:
-        warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
-        return step
-
-    def replay(*inputs):
-        for place, value in zip(places, inputs):
-            place.copy_(value)
-        graph.replay()
-        return logprobs
-
-    return replay
-
-
 @torch.no_grad()
 def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     """Complete each prompt G times -> a list of Groups.
@@ -1007,44 +950,6 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
 
 # ------------------------------------------------------------------------------------------------------------
 # One training step
-
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on fp32 copies of the weights (of fp32 weights, the "copy" is the weight itself).
-
-    At learning rate 1e-6 an update is far below bf16's resolution: 98% of bf16 weights would never move.
-    """
-
-    def __init__(self, params, **options):
-        groups = list(params)  # weights, or a shard of them as groups, from ZeroRedundancyOptimizer
-        self.weights = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
-        self.masters = [weight.detach().float() for weight in self.weights]
-        super().__init__(self.masters, **options)
-
-    @torch.no_grad()
-    def step(self):
-        for weight, master in zip(self.weights, self.masters):  # hand over: no gradient is kept twice
-            master.grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None
-        super().step()
-        for weight, master in zip(self.weights, self.masters):
-            weight.copy_(master)
-            master.grad = None
-
-
-def make_optimizer(policy):
-    """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if not dist.is_initialized():
-        return MasterAdamW(trained, **options)
-    return ZeroRedundancyOptimizer(  # the view makes few, large broadcasts of many
-        trained, MasterAdamW, parameters_as_bucket_view=True, **options)
-
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear from 0 to `peak` over the warm-up, then linear to 0 at `steps`."""
-    return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
 
 
 def forwards(groups, tokens_per_forward):
@@ -1154,28 +1059,107 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     return metrics, groups
 
 
-def describe(groups, rewards, encoder, cfg):
-    """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
-    completions = [o for group in groups for o in group.completions]
-    answers = [response.answer for group in groups for response in group.responses]
-    total, parts = total_reward(rewards, cfg), rewards.mean(dim=(0, 1)).tolist()
-    gaps = [(group.old_logp - group.rollout_logp).abs() for group in groups]
-    return {
-        "reward": total.mean().item(),
-        "reward_format": parts[0], "reward_look": parts[1], "reward_accuracy": parts[2],
-        "reward_std": total.std(dim=1).mean().item(),
-        "frac_zero_std": (total == total[:, :1]).all(dim=1).double().mean().item(),
-        "sampler_gap": torch.cat(gaps).mean().item(),
-        "completion_length": float(np.mean([len(o) for o in completions])),
-        "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
-        "boxes": float(np.mean([len(a) if isinstance(a, np.ndarray) else 0 for a in answers])),
-        "truth_boxes": float(np.mean([len(group.prompt.truth) for group in groups])),
-        "lost_images": float(sum(group.prompt.weight == 0 for group in groups)),
-    }
+# ------------------------------------------------------------------------------------------------------------
+# The method ends here. What it stands on: a loaded model, an optimizer for bf16, a fast decode step
+
+
+def setup(cfg):
+    """Load `--model`, a name or a folder, to this process's device -> (policy, encoder). SystemExit gives the
+    reason if it cannot be loaded, or not completely: a weight that is not in the file would be random."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs the one that is current
+    try:
+        kind = AutoConfig.from_pretrained(cfg.model).model_type
+        if kind != "qwen2_5_vl":
+            raise ValueError(f"it is a {kind}, not a qwen2_5_vl")
+        model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            cfg.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        if tokenizer.convert_tokens_to_ids("<|image_pad|>") != model.config.image_token_id:
+            raise ValueError("its tokenizer is missing, or belongs to another model")
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise SystemExit(f"cannot load --model {cfg.model}: {' '.join(str(error).split())[:300]}") from None
+    image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
+    model.model.visual.requires_grad_(not cfg.freeze_vision)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return Policy(model.to(device), tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on fp32 copies of the weights (of fp32 weights, the "copy" is the weight itself).
+
+    At learning rate 1e-6 an update is far below bf16's resolution: 98% of bf16 weights would never move.
+    """
+
+    def __init__(self, params, **options):
+        groups = list(params)  # weights, or a shard of them as groups, from ZeroRedundancyOptimizer
+        self.weights = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
+        self.masters = [weight.detach().float() for weight in self.weights]
+        super().__init__(self.masters, **options)
+
+    @torch.no_grad()
+    def step(self):
+        for weight, master in zip(self.weights, self.masters):  # hand over: no gradient is kept twice
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        super().step()
+        for weight, master in zip(self.weights, self.masters):
+            weight.copy_(master)
+            master.grad = None
+
+
+def make_optimizer(policy):
+    """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if not dist.is_initialized():
+        return MasterAdamW(trained, **options)
+    return ZeroRedundancyOptimizer(  # with bucket views, broadcasts are few and large
+        trained, MasterAdamW, parameters_as_bucket_view=True, **options)
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear from 0 to `peak` over the warm-up, then linear to 0 at `steps`."""
+    return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+def captured(step, *inputs):
+    """A decode step as a CUDA graph: recorded once, then replayed with new inputs copied to the old places.
+
+    A step is a thousand small kernels, and Python takes longer to launch them than the GPU to run them; a
+    replay launches all at once. It is exact: the same kernels on the same memory. If something in the model
+    cannot be recorded, the step runs as it is, with a warning.
+    """
+    places = [value.clone() for value in inputs]
+    try:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(*places)  # libraries set themselves up on first use, which must not be recorded
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using CUDA
+            try:
+                logprobs = step(*places)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+    except RuntimeError as error:
+        warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
+        return step
+
+    def replay(*inputs):
+        for place, value in zip(places, inputs):
+            place.copy_(value)
+        graph.replay()
+        return logprobs
+
+    return replay
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The method ends here. Processes, and who reads which part of the data
+# Processes, and who reads which part of the data
 
 
 def rank_and_world():
@@ -1269,8 +1253,9 @@ def batch_indices(n, batch, seed, step):
 
 
 def read_ahead(encoder, records, plan, tolerated=0.01):
-    """Yield the prompts of each list of indices in `plan`, while the images of the next are read. An image
-    that can no longer be opened is grey, of weight 0; SystemExit if more than a tolerated share are so."""
+    """Yield the prompts of each list of indices in `plan`, while the images of the next list are read. In the
+    place of an image that no longer opens stands a grey one of weight 0; SystemExit if their share exceeds
+    `tolerated`."""
     lost, plan = set(), iter(plan)
 
     def read(index):
@@ -1396,6 +1381,26 @@ def noting_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def describe(groups, rewards, encoder, cfg):
+    """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
+    completions = [o for group in groups for o in group.completions]
+    answers = [response.answer for group in groups for response in group.responses]
+    total, parts = total_reward(rewards, cfg), rewards.mean(dim=(0, 1)).tolist()
+    gaps = [(group.old_logp - group.rollout_logp).abs() for group in groups]
+    return {
+        "reward": total.mean().item(),
+        "reward_format": parts[0], "reward_look": parts[1], "reward_accuracy": parts[2],
+        "reward_std": total.std(dim=1).mean().item(),
+        "frac_zero_std": (total == total[:, :1]).all(dim=1).double().mean().item(),
+        "sampler_gap": torch.cat(gaps).mean().item(),
+        "completion_length": float(np.mean([len(o) for o in completions])),
+        "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
+        "boxes": float(np.mean([len(a) if isinstance(a, np.ndarray) else 0 for a in answers])),
+        "truth_boxes": float(np.mean([len(group.prompt.truth) for group in groups])),
+        "lost_images": float(sum(group.prompt.weight == 0 for group in groups)),
+    }
 
 
 class Log:
