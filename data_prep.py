@@ -110,7 +110,7 @@ def count(number):
 
 
 def as_text(value):
-    """A string that says something, without surrounding space; ValueError for everything else."""
+    """A non-empty string, without surrounding space; ValueError for everything else."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"a text is expected, not {value!r:.40}")
     return value.strip()
@@ -203,7 +203,7 @@ def image_size(path, no_verify=False):
 
 OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # pixels of a figure are those mostly opaque
 VIVID, GREYISH, NIGHT = (0.6, 1.0), (0.0, 0.3), (10, 12, 26)  # saturations of clothes; what darkness fades to
-CROWDS = {  # how many people, those left out who find no place; the largest IoU of two; light: 1 is day
+CROWDS = {  # how many people are tried, some find no place; the largest IoU of two; light: 1 is day
     "sparse": dict(people=(2, 5), scale=1.0, overlap=0.4, saturation=VIVID, light=1.0),
     "dense": dict(people=(5, 8), scale=0.8, overlap=0.5, saturation=VIVID, light=1.0),
     "night": dict(people=(3, 6), scale=0.9, overlap=0.45, saturation=GREYISH, light=0.6)}
@@ -231,7 +231,7 @@ def draw_person(rng, height, saturation=VIVID):
     head, shoulder, lean = 0.13 * h, h * rng.uniform(0.09, 0.13), h * rng.uniform(-0.03, 0.03)
     middle, hip, neck = h / 2, 0.52 * h, 0.14 * h
     stride, swing = h * rng.uniform(0.02, 0.12), h * rng.uniform(0.02, 0.12)
-    for side in (-1, 1):  # legs, then arms, one a side
+    for side in (-1, 1):  # a leg and an arm on each side
         foot = (middle + side * stride, h - 1)
         pen.line([(middle + side * 0.04 * h, hip), foot], fill=trousers, width=max(3, int(0.075 * h)))
         hand = (middle + lean + side * (shoulder + swing), 0.45 * h)
@@ -249,7 +249,7 @@ def draw_person(rng, height, saturation=VIVID):
 
 
 def draw_street(rng, size):
-    """A street with texture, and at most two things that are no person -> (image, y of the horizon)."""
+    """A street with texture, and at most two objects that are not people -> (image, y of the horizon)."""
     street = Image.new("RGB", (size, size), muted(rng, 150, 230))
     pen = ImageDraw.Draw(street)
     horizon, window = int(size * rng.uniform(0.25, 0.45)), muted(rng, 90, 160)
@@ -326,7 +326,7 @@ def draw_page(rng, size, cell=28):
 
 
 def save_scene(out, seed, number, size, task, crowd):
-    """Draw and save scene `number`, which depends on the seed and the crowd alone -> its record."""
+    """Draw and save scene `number`, which does not depend on the other scenes -> its record."""
     rng, name = np.random.default_rng([seed, number, list(CROWDS).index(crowd)]), f"images/{number:06d}.png"
     record = {"image": name, "width": size, "height": size, "target": "person", "task": task}
     if task == "ocr":
@@ -373,7 +373,7 @@ QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_star
 
 def tiny_tokenizer(size, texts):
     """256 bytes, which write any text, and one token for whatever is written often, such as a number with its
-    comma: a box costs 5 tokens (15 to 35 with the real tokenizer), which makes the demo quick."""
+    comma: a box costs 5 tokens (some 21 with the real tokenizer), which makes the demo quick."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -394,9 +394,9 @@ def tiny_tokenizer(size, texts):
 
 
 def smooth_numbers(embeddings, tokenizer, size, rng):
-    """Start neighbouring numbers as neighbours: a random walk, smoothed over a few pixels, through embedding
-    space; one direction, common to all, sets numbers with a comma apart. A pretrained model knows that 41 is
-    close to 42, and the demo is too short to learn it."""
+    """Give neighbouring numbers similar embeddings: a random walk, smoothed over a few pixels; a direction of
+    their own sets numbers with a comma apart. A pretrained model knows that 41 is close to 42, and the demo
+    is too short to learn it."""
     walk = gaussian_filter1d(rng.standard_normal((size + 1, embeddings.shape[1])), sigma=3, axis=0)
     walk *= embeddings.std().item() / walk.std()
     for comma in ("", ", "):
@@ -407,7 +407,7 @@ def smooth_numbers(embeddings, tokenizer, size, rng):
 
 def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
     """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
-    `texts` are templates of the prompts that it will read: each fixed sentence becomes one token."""
+    `texts` are templates of the prompts that it will read: each fixed piece of them becomes one token."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -480,7 +480,7 @@ def image_finder(root, split):
     or sur_train (and not in contest).
     """
     root, paths = Path(os.path.abspath(root)), {}
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, followlinks=True):
         splits = {"train", "val", "test"} & set(re.findall("[a-z]+", os.path.relpath(folder, root).lower()))
         for name in names if split in splits or not splits else ():
             paths.setdefault(name, []).append(Path(folder, name))
@@ -672,7 +672,7 @@ def files_by_hash(folder):
 
 
 def image_of(entry, path, image_folder):
-    """The image of an entry of the list `path`: by its name, or by its `image_sha256` for a mere URL."""
+    """The image of an entry of the list `path`: by name, or by `image_sha256` where only a URL is given."""
     if "image" in entry:
         return (image_folder or path.parent) / as_text(entry["image"])
     if not image_folder:
@@ -708,7 +708,8 @@ def refcoco(root: Path, split: ("train", "val", "test", "testA", "testB") = None
             scale: count = None):
     """RefCOCO, RefCOCO+, RefCOCOg, a phrase per line: `refs(*).p`, its folder, or a list as VLM-R1 has it.
 
-    A list is in pixels, or goes from 0 to `scale` (Perception-R1: 1000); its paths start in `image_folder`.
+    Images of `refs(*).p` are looked for below its folder, or below `image_folder`. A list is in pixels, or
+    goes from 0 to `scale` (Perception-R1: 1000); its paths start in `image_folder`.
     """
     found = sorted(root.glob("refs(*).p")) if root.is_dir() else [root]
     if len(found) != 1:
@@ -719,7 +720,7 @@ def refcoco(root: Path, split: ("train", "val", "test", "testA", "testB") = None
         raise SystemExit(f"{root}: refs(*).p needs --split and no --scale; a list of one split, no --split")
     questions = (refcoco_list(root, image_folder, scale) if is_list else
                  refcoco_refs(found[0], split, image_folder))
-    return sorted(questions, key=lambda question: question[0])  # so that each image is opened once
+    return sorted(questions, key=lambda question: question[0])  # so that an image is opened once
 
 
 def pixmo_count(root: Path, image_folder: Path = None):
@@ -743,7 +744,7 @@ def pixmo_count(root: Path, image_folder: Path = None):
 
 
 def ocr(root: Path, image_folder: Path = None):
-    """`[{"image": path, "conversations": [{"from": "human", ..}, {"from": "gpt", "value": the text}]}]`."""
+    """Pages of text: `[{"image": path, "conversations": [{"from": "gpt", "value": the text}, ...]}]`."""
     for place, entry in json_entries(root):
         with reading(root, place):
             fields = {"task": "ocr", "target": "text", "transcript": as_text(said_by("gpt", entry))}
@@ -753,7 +754,7 @@ def ocr(root: Path, image_folder: Path = None):
 # ------------------------------------------------------------------------------------------------------------
 # From annotations to the JSONL
 
-MAX_BOXES = 40  # of an image to train on: a box costs 21 tokens or more, and a completion has 1,280
+MAX_BOXES = 40  # of an image to train on: a box costs some 21 tokens, and a completion has 1,280
 
 
 def measured(annotations, no_verify):
@@ -780,7 +781,7 @@ def fitted(fields, size):
     if scale:
         fields["boxes"] = (np.multiply(fields["boxes"], size * 2) / scale).tolist()
     for name, labels in (("boxes", "labels"), ("ignore", "ignore_labels")) if "ignore" in fields else ():
-        # Many annotators run beyond the image: cut there. Boxes without area inside it go.
+        # Many annotators run beyond the image: cut there. Boxes without area inside it are dropped.
         rows = np.reshape(fields[name], (-1, 4)).astype(float).round(4).clip(0, size * 2)
         stays = (rows[:, 2:] > rows[:, :2]).all(axis=1)
         fields[name] = rows[stays].tolist()
@@ -806,7 +807,7 @@ def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = F
             try:
                 fields = fitted(fields, size)
             except (OSError, ValueError) as error:
-                if "scale" in fields and "is outside" in str(error):  # a list does not say its unit
+                if fields.get("scale", 1) is None and "is outside" in str(error):  # the unit is unknown
                     raise SystemExit(f"{image}: {error}; --scale N if the list goes from 0 to N") from None
                 counts[f"left out: {'unreadable images' if error is size else 'faulty annotations'}"] += 1
                 tqdm.write(f"left out: {image}: {error}", file=sys.stderr)
@@ -883,7 +884,7 @@ def main(argv=None):
             if own.get("split") == "train" and not args["max_boxes"]:
                 args["max_boxes"] = MAX_BOXES
             convert(made, **args)
-    except OSError as error:  # of the disk: what is read has its own messages
+    except (OSError, ValueError) as error:  # of writing, or of a negative seed; reading has its own messages
         raise SystemExit(f"{out}: {error}") from None
 
 

@@ -11,7 +11,7 @@
     python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, AP of a checkpoint
     python dipr1.py --help                          every setting
 
-How this file departs from textbook GRPO:
+What is unusual here:
   1) One group is one row: the prompt and its image are read once for all G completions (`pack`).
   2) The loss is averaged over all tokens of a group, as in DIP-R1, and not over each completion first.
   3) The look reward is credited to the tokens that can have earned it (`token_advantages`).
@@ -72,14 +72,14 @@ import data_prep
 from data_prep import check_rows, open_image, read_jsonl, written_whole
 
 
-def flag(default, help, least=None):
-    """A field of Config: its default, the sentence that `--help` shows, the smallest value that works."""
-    return field(default=default, metadata={"help": help, "least": least})
+def flag(default, help, least=None, most=sys.float_info.max):
+    """A field of Config: its default, the sentence that `--help` shows, the values between which it works."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass
 class Config:
-    """Every setting, explained on its line. The command line is made from these fields."""
+    """Every flag, explained on its line. The command line is made from these fields."""
 
     demo: bool = flag(False, "draw crowds, make a tiny model, train it by SFT and by --method, compare")
     eval: bool = flag(False, "evaluate --model on --data instead of training")
@@ -104,7 +104,7 @@ class Config:
 
     format_weight: float = flag(1.0, "w_f", 0)
     look_weight: float = flag(0.1, "w_l; the look is learned fast, and more of it costs precision", 0)
-    recall_weight: float = flag(0.8, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0)
+    recall_weight: float = flag(0.8, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0, 1)
     look_credit: Literal["section", "completion"] = flag("section", "the tokens that earn the look reward")
 
     sft_steps: int = flag(0, "supervised steps before GRPO, on the truth written in the template", 0)
@@ -112,7 +112,7 @@ class Config:
     sft_batch: int = flag(32, "images per supervised step, over all processes together", 1)
 
     freeze_vision: bool = flag(False, "do not train the vision tower; it then runs once per step")
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward: a third of the memory")
+    gradient_checkpointing: bool = flag(True, "recompute activations: takes a third of the memory")
     tokens_per_forward: int = flag(12_000, "groups share a forward up to so many tokens; more is faster", 1)
     samples: int = flag(8, "answers sampled per image in evaluation, beside the greedy one", 0)
     picture_every: int = flag(20, "steps between pictures; 0: none", 0)
@@ -138,13 +138,13 @@ QUESTION = (  # our reading: the paper's prompt is not public
 )
 LABELLED = ' Instead of a bare box write {"bbox_2d": [x1, y1, x2, y2], "label": its name}.'
 SECTIONS = ("think", "look", "answer")  # of the template, in order
-nfc = functools.partial(unicodedata.normalize, "NFC")  # of Unicode's two spellings of an accent, one
+nfc = functools.partial(unicodedata.normalize, "NFC")  # one spelling per accented letter
 
 
 @dataclass
 class Response:
     """A parsed completion. `look` and `answer` are boxes (n, 4), x1, y1, x2, y2 in pixels of the resized
-    image, not yet clipped to it: (0, 4) for an empty list, None for a section that is missing or no list."""
+    image, not yet clipped to it: (0, 4) for an empty list, None for one that is missing or not a list."""
 
     think: str | None
     look: np.ndarray | None
@@ -155,8 +155,8 @@ class Response:
 
 
 def section(text, name):
-    """The text from the first <name> to the last </name>, or None. Of a list that is written twice nothing
-    can be read, since the two are no JSON together; a page of text may itself show the tags."""
+    """The text from the first <name> to the last </name>, or None. So a list that is written twice fails to
+    parse, and a page of text may itself contain the tags."""
     _, opened, rest = text.partition(f"<{name}>")
     inside, closed, _ = rest.rpartition(f"</{name}>")
     return inside if opened and closed else None
@@ -225,7 +225,7 @@ def box_iou(a, b, of_first=False):
     sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
     intersection = np.prod(np.maximum(sides, 0), axis=2)
     area_a, area_b = (np.prod(np.maximum(x[:, 2:] - x[:, :2], 0), axis=1) for x in (a, b))
-    whole = area_a[:, None] + (0 * area_b if of_first else area_b - intersection)
+    whole = area_a[:, None] + (0 if of_first else area_b - intersection)
     return np.divide(intersection, whole, out=np.zeros_like(intersection), where=whole > 0)
 
 
@@ -293,8 +293,8 @@ def coverage(boxes, width, height, cell=14):
 def disagreement(counts):
     """Where J >= 2 answers disagree: their coverages (J, H, W) -> (H, W) in [0, 1].
 
-    1 = they split like a fair coin on one person. Counts, not masks: one box around two people and a box for
-    each must disagree, since merging individuals is the very failure that the paper starts from.
+    1: half of them count one box more than the other half. Counts, not masks: one box around two people and
+    a box for each must disagree, since merging individuals is the very failure that the paper starts from.
     """
     return np.minimum(1, 4 * np.var(counts, axis=0))
 
@@ -323,14 +323,12 @@ def look_rewards(responses, width, height):
 
 # r_acc = (1-w) P + w R,   P = TP / n_pred,   R = TP / n_gt
 def accuracy_reward(pred, gt, ignore=None, recall_weight=0.8, iou_threshold=0.5):
-    """Weighted precision and recall of (n, 4) boxes in [0, 1]; `pred` None (unparseable) earns 0.
+    """Weighted precision and recall: (n, 4) boxes, m true ones (m, 4) -> [0, 1].
 
     Our reading of the paper's weighted precision-recall. Nothing there and nothing predicted: 1; one of the
     two empty: 0. A trap: with w = 0.5, dropping a doubtful box pays whenever its chance to be right is below
-    half the current precision, so the policy turns cautious - precision up, recall down. Hence w = 0.8.
+    about half the precision, so the policy turns cautious - precision up, recall down. Hence w = 0.8.
     """
-    if pred is None:
-        return 0.0
     pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
     tp, n_pred, n_gt = len(pred_idx), len(pred) - count_ignored(pred, pred_idx, ignore), len(gt)
     if n_pred == 0 or n_gt == 0:
@@ -406,11 +404,11 @@ class Task:
     broken_format: float  # the format reward where the form is wrong; a right form earns 1
     truth: str  # the field of a record that holds the truth
     columns: int  # numbers per row of the answer: 4 a box, 2 a point, 0 the answer is text
-    figures: Callable  # the `compared` answers of all images -> {name: value}
+    figures: Callable  # [(answer, truth, ignore, labels, record)] of all images -> {name: value}
     reward: Callable  # (prompt, answer, truth, ignore, recall weight) -> [0, 1]
 
 
-TASKS = {  # the functions of the figures stand with the evaluation, further down
+TASKS = {  # the figures' functions are defined with the evaluation, further down: hence the lambdas
     ("dip-r1", "detection"): Task(
         QUESTION, SECTIONS, 0.0, "boxes", 4, lambda images: detection_figures(images),
         lambda prompt, pred, truth, ignore, w: accuracy_reward(pred, truth, ignore, w)),
@@ -448,14 +446,14 @@ def group_rewards(group, recall_weight):
     prompt, task = group.prompt, task_of(group.prompt.record)
 
     def answer_reward(response):
-        sides = response.answer, prompt.truth, prompt.ignore
-        if response.answer is None and prompt.truth is not None:
+        if response.answer is None and prompt.truth is not None:  # where only a count is known: NaN
             return 0.0
+        triple = response.answer, prompt.truth, prompt.ignore
         if task.columns == 4:
-            sides = against_truth(*sides, response.labels, prompt.record, prompt.width, prompt.height)
-        return task.reward(prompt, *sides, recall_weight)
+            triple = against_truth(*triple, response.labels, prompt.record, prompt.width, prompt.height)
+        return task.reward(prompt, *triple, recall_weight)
 
-    form = [1.0 if response.complete else task.broken_format for response in group.responses]
+    form = [1.0 if response.complete else task.broken_format for response in group.responses]  # format_reward
     look = np.zeros(len(form))
     if "look" in task.sections:
         look = look_rewards(group.responses, prompt.width, prompt.height)
@@ -474,12 +472,12 @@ def group_advantages(rewards):
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    std = centred.square().sum(dim=1, keepdim=True).div(max(rewards.shape[1] - 1, 1)).sqrt()
+    std = centred.square().sum(dim=1, keepdim=True).div(rewards.shape[1] - 1).sqrt()
     return (centred / (std + 1e-4)).masked_fill(all_equal, 0.0)
 
 
 # L = 1/N sum_t [ -min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t) + beta k3_t ],           rho = pi / pi_old
-# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,     never negative; its mean is KL(pi, pi_ref)
+# k3 = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1 >= 0;   its mean over samples of pi is the KL
 def grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps, beta):
     """The loss of one group on flat (N,) tensors, N = sum_i |o_i|: every token of the group weighs the same.
 
@@ -507,7 +505,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, clip_eps, beta):
 class Prompt:
     """One image with its question, encoded; boxes in model space: pixels of the image after Qwen's resize."""
 
-    index: int  # its line in the data: names the prompt to the sampler
+    index: int  # its line in the data: a part of the seed that it is sampled with
     record: dict
     ids: torch.Tensor  # (L,) the chat, one <|image_pad|> for each visual token
     positions: torch.Tensor  # (3, L) M-RoPE: time, row, column
@@ -532,10 +530,10 @@ class Group:
 
     prompt: Prompt
     completions: list  # G tensors of token ids, EOS included
-    rollout_logp: torch.Tensor | None = None  # (N,) log-probabilities with which they were sampled
+    rollout_logp: torch.Tensor | None = None  # (N,) the sampler's log-probabilities, only to compare
     texts: list | None = None  # G decoded completions
     advantages: torch.Tensor | None = None  # (N,)
-    old_logp: torch.Tensor | None = None  # (N,) log pi_old, before the first update
+    old_logp: torch.Tensor | None = None  # (N,) log pi_old, as it is scored before the first update
     ref_logp: torch.Tensor | None = None  # (N,) log pi_ref
 
     @property
@@ -549,8 +547,8 @@ class Group:
 
 
 def to_model_space(boxes, size, grid):
-    """Boxes (n, 4) or points (n, 2) in pixels of an image of size (W, H) -> pixels of its resized copy, which
-    Qwen2.5-VL speaks.
+    """Boxes (n, 4) or points (n, 2) in pixels of an image of size (W, H) -> pixels of its resized copy, in
+    which Qwen2.5-VL is trained to answer.
 
     Each axis has its own scale: both sides are rounded to multiples of 28 (1920 x 1080 becomes 1316 x 728).
     """
@@ -569,7 +567,8 @@ class Encoder:
 
     def __init__(self, model, tokenizer, image_processor):
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.plain = copy.deepcopy(tokenizer)  # a thread encodes prompts: switching one is not atomic
+        self.plain = copy.deepcopy(tokenizer)  # for special tokens as text; switching one is not thread-safe
+        self.chat = functools.lru_cache(maxsize=1024)(self.chat)
         self.rope_index, self.device = model.model.get_rope_index, model.device
         self.image_token = model.config.image_token_id
         eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
@@ -596,7 +595,6 @@ class Encoder:
         truth = to_model_space(truth, size, grid) if isinstance(truth, np.ndarray) else truth
         return grid, width, height, truth, to_model_space(record["ignore"], size, grid)
 
-    @functools.lru_cache(maxsize=1024)
     def chat(self, question, rows, columns):
         """The question about an image of rows x columns patches -> ids (L,), M-RoPE positions (3, L)."""
         before, after = CHAT.split("{question}")
@@ -630,13 +628,14 @@ class Encoder:
         if task.columns:
             order = np.argsort(truth[:, 0], kind="stable")
             answer = truth[order].round().astype(int)
-            if task.columns == 4:  # a box thinner than a pixel keeps one
+            if task.columns == 4:  # a box thinner than a pixel keeps one, inside the image
+                answer[:, :2] = np.minimum(answer[:, :2], [width - 1, height - 1])
                 answer[:, 2:] = np.maximum(answer[:, 2:], answer[:, :2] + 1)
             answer = answer.tolist()
             if "labels" in record:
                 names = [record["labels"][i] for i in order]
                 answer = [{"bbox_2d": box, "label": name} for box, name in zip(answer, names)]
-            # Escaped: what could close a section, and loose accents, which NFC would join to an escape.
+            # Escape "<", which could close a section, and combining accents, which the tokenizer's NFC joins.
             answer = json.dumps(answer, ensure_ascii=False)
             answer = re.sub("[<\u0300-\u036f]", lambda found: f"\\u{ord(found[0]):04x}", answer)
         text = f"<answer>{answer}</answer>"
@@ -649,8 +648,8 @@ class Encoder:
 def weak_look(truth, width, height, seed):
     """The supervised look at boxes (n, 4) -> (k, 4): a weak label, our reading, since nothing is annotated.
 
-    A region around each cluster of boxes that overlap; each is left out one time in four, and one time in two
-    there is one more somewhere, between a quarter and half the image wide and high. So the answer learns to
+    A region around each cluster of overlapping boxes, left out with probability 1/4; with probability 1/2 one
+    more anywhere, each side a quarter to half of the image's. So the answer learns to
     trust the image and not the look. If it copied boxes from the look, or took a region as proof of a crowd,
     it would invent boxes as soon as GRPO teaches the look to point at doubtful places.
     """
@@ -679,18 +678,19 @@ class Packed:
     ids: torch.Tensor  # (R, L)
     positions: torch.Tensor  # (3, R, L); every completion starts where the prompt ended, as if it were alone
     sources: torch.Tensor  # (N,) for each completion token the place, in R x L, that predicts it
-    to_tree: torch.Tensor  # (R, G T) the column of each completion token in its row; of padding, any
+    to_tree: torch.Tensor  # (R, G T) the column of each completion token in its row; any for padding
     from_tree: torch.Tensor  # (R, L) the place of each column in the tree
-    mask: torch.Tensor  # (R G, 1, T, P + T) True where a completion's token attends: its prompt, and back
+    mask: torch.Tensor  # (R G, 1, T, P + T) True where a token of o_i attends: the prompt, o_i up to itself
 
 
 def pack(groups):
-    """Lay groups out for one forward -> Packed. The tree is made by padding; a row is what is real of it.
+    """Lay groups out for one forward -> Packed. The tree pads prompts to P and completions to T; a row is the
+    tree without that padding.
 
     A prompt of 3 tokens with completions a b and c, alone in a forward: the row is [ p p p a b c ], the tree
     [ p p p | a b | c . ], `to_tree` 3 4 5 5, `from_tree` 0 1 2 3 4 5, `sources` 2 3 2, positions 0 1 2 3 4 3.
     """
-    def positions(group):  # (length, 3)
+    def row_positions(group):  # (length, 3)
         start = group.prompt.positions.max() + 1
         ranges = [(start + torch.arange(len(o), device=o.device)).expand(3, -1) for o in group.completions]
         return torch.cat([group.prompt.positions, *ranges], dim=1).T
@@ -709,8 +709,9 @@ def pack(groups):
     sources = (torch.arange(R)[:, None, None] * L + before)[written]
     mask = (key < prompts) | (key >= P) & (key <= P + t[:, None])  # (R, T, P + T)
     layout = sources, to_tree, from_tree, mask.repeat_interleave(G, 0)[:, None]
-    ids, places = (pad_sequence(x, batch_first=True) for x in (rows, [positions(g) for g in groups]))
-    return Packed(ids, places.permute(2, 0, 1), *(x.to(device) for x in layout))
+    ids = pad_sequence(rows, batch_first=True)
+    positions = pad_sequence([row_positions(group) for group in groups], batch_first=True)
+    return Packed(ids, positions.permute(2, 0, 1), *(x.to(device) for x in layout))
 
 
 # o = softmax(q k^T / sqrt(d)) v
@@ -741,7 +742,7 @@ def tree_attention(module, query, key, value, attention_mask, **options):
         columns = packed.to_tree[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         return x.gather(2, columns).unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
 
-    def behind_prompt(x):  # (R G, H, P + T, D)
+    def behind_prompt(x):  # (R G, H, P + T, D); behind a short prompt stand o_1's tokens, which are masked
         return torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_completion(x)], dim=2)
 
     of_prompt = attend(query[:, :, :P], key[:, :, :P], value[:, :, :P], None)
@@ -754,7 +755,7 @@ def tree_attention(module, query, key, value, attention_mask, **options):
 def token_logprobs(hidden, weight, bias, targets, chunk=512):
     """log pi of each target: h (N, D), W (V, D), b (V,), targets (N,) -> (N,) in fp32.
 
-    A chunk of tokens at a time, computed again in the backward, so that the logits of a whole group
+    A chunk of tokens at a time, recomputed in the backward, so that the logits of a whole group
     (8 x 1,024 x 152k in fp32: 5 GB) never exist at once.
     """
     def of_chunk(h, y):
@@ -765,7 +766,7 @@ def token_logprobs(hidden, weight, bias, targets, chunk=512):
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL, and the one question of training: how likely was each token of these groups?
+    """A Qwen2.5-VL, and what training asks of it: how likely was each token of these groups?
 
     Its forward is the one that DDP wraps.
     """
@@ -777,7 +778,7 @@ class Policy(nn.Module):
         AttentionMaskInterface.register("tree", sdpa_mask)  # where no Packed is given
         model.model.language_model.set_attn_implementation("tree")
         config = model.config
-        # A sampled placeholder would want an image that is not there; ids beyond the tokenizer have no text.
+        # A sampled image token would have no image; ids beyond the tokenizer have no text.
         # A bias of -1e4 takes their probability to exactly 0; -inf would give NaN.
         forbidden = torch.zeros(config.text_config.vocab_size)
         forbidden[len(tokenizer) :] = -1e4
@@ -796,14 +797,13 @@ class Policy(nn.Module):
             return list(self.model.get_image_features(pixels, grid).pooler_output)
 
     def embed(self, ids, features):
-        """Token ids (L,) -> (L, D), the image's features in the prompt's placeholders. A placeholder token
-        inside a completion stays an ordinary token."""
+        """Token ids (L,) -> (L, D), the image's features in the place of the prompt's image tokens."""
         embeds = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
         return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
 
     def head(self, hidden):
-        """What logits are made of: hidden states (N, D) over T, W (V, D), and the bias (V,) that forbids."""
+        """What logits are made of: hidden states (N, D) over the temperature, W (V, D), the bias (V,)."""
         return hidden / self.temperature, self.model.lm_head.weight, self.forbidden
 
     def forward(self, groups):
@@ -876,8 +876,8 @@ def decode_step(policy, cache):
     """-> a function: one more token per row, token and position (B,) -> log-probabilities (B, V) of the next.
 
     It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
-    This is Qwen2.5-VL's decoder, written out, with the model's own layers: no tensor moves, as CUDA graphs
-    require, and heads that share keys need no copies of them.
+    This is Qwen2.5-VL's decoder, written out, with the model's own layers: every tensor keeps its address,
+    as CUDA graphs require, and heads that share keys need no copies of them.
     """
     decoder = policy.model.model.language_model
 
@@ -891,7 +891,7 @@ def decode_step(policy, cache):
             q, k = apply_rotary_pos_emb(q, k, *angles)
             keys.index_copy_(2, column, k)
             values.index_copy_(2, column, v)
-            q = q.reshape(len(q), keys.shape[1], -1, attention.head_dim)  # shared keys: a longer query
+            q = q.reshape(len(q), keys.shape[1], -1, attention.head_dim)  # a query per shared key
             o = scaled_dot_product_attention(q, keys, values, visible)
             x = x + attention.o_proj(o.flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -914,30 +914,30 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     device, G = policy.model.device, uniforms.shape[1]
     uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
     logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
-    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)
+    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)  # position of token 0
     column = torch.tensor([visible.shape[-1] - max_new_tokens], device=device)  # behind the prompts
     tokens = torch.zeros(len(first), max_new_tokens, dtype=torch.long, device=device)
     chosen = torch.zeros(len(first), max_new_tokens, device=device)  # log-probabilities of the tokens
-    lengths, rows, step = torch.zeros_like(first), torch.arange(len(first), device=device), None
+    lengths, rows, decode = torch.zeros_like(first), torch.arange(len(first), device=device), None
     running = torch.ones_like(rows, dtype=torch.bool)  # which of the rows have no EOS yet
     for t in range(max_new_tokens):
         token = inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
         lengths[rows] += running  # EOS is the last token of a completion
         running &= ~torch.isin(token, eos)
-        n_running = running.sum().item()  # the one place where the CPU waits for the GPU
+        n_running = running.sum().item()  # in most steps the only place where the CPU waits for the GPU
         if n_running == 0 or t + 1 == max_new_tokens:
             break
         if n_running <= len(rows) // 2:
             rows, token, visible, first = (x[running] for x in (rows, token, visible, first))
             cache = [(keys[running], values[running]) for keys, values in cache]
-            running, step = running[running], None  # a recorded step has a fixed number of rows
+            running, decode = torch.ones_like(rows, dtype=torch.bool), None  # its number of rows is fixed
         visible.index_fill_(-1, column, True)
         inputs = token, first + t, column, visible
-        if step is None:
-            step = decode_step(policy, cache)
-            step = captured(step, *inputs) if device.type == "cuda" else step
-        logprobs = step(*inputs)
+        if decode is None:
+            decode = decode_step(policy, cache)
+            decode = captured(decode, *inputs) if device.type == "cuda" else decode  # as a CUDA graph
+        logprobs = decode(*inputs)
         column += 1
     completions = [row[:n] for row, n in zip(tokens, lengths.tolist())]
     logps, groups = [row[: len(o)] for row, o in zip(chosen, completions)], []
@@ -955,7 +955,8 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
 def forwards(groups, tokens_per_forward):
     """Groups of similar length, as many to a forward as its tokens allow, since its rows are padded to the
     longest -> a list of lists."""
-    length, lists = lambda group: len(group.prompt.ids) + group.n_tokens, [[]]
+    length = lambda group: len(group.prompt.ids) + group.n_tokens
+    lists = [[]]
     for group in sorted(groups, key=length):
         if lists[-1] and (len(lists[-1]) + 1) * length(group) > tokens_per_forward:
             lists.append([])
@@ -997,7 +998,7 @@ def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
     return metrics | {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
 
 
-# With one completion, the truth, and A = 1: on policy rho = 1, and the gradient of -rho A is that of -log pi
+# One completion, the truth, A = 1 and pi_old = pi: rho = 1, and the gradient of -rho A is that of -log pi
 def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     """One supervised step, which is an update on the truth -> (metrics, groups)."""
     targets = [encoder.target(prompt.index, prompt.record) for prompt in prompts]
@@ -1005,10 +1006,10 @@ def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     return update(policy, optimizer, groups, cfg, lr), groups
 
 
-def total_reward(rewards, cfg, look=True):
+def total_reward(rewards, cfg):
     """(P, G, 3) -> (P, G): w_f format + w_l look + accuracy. The accuracy needs no weight of its own, since
-    advantages do not change when all rewards are scaled."""
-    return rewards @ torch.tensor([cfg.format_weight, cfg.look_weight * look, 1.0], dtype=rewards.dtype)
+    advantages hardly change when all rewards are scaled."""
+    return rewards @ torch.tensor([cfg.format_weight, cfg.look_weight, 1.0], dtype=rewards.dtype)
 
 
 def token_advantages(encoder, groups, rewards, cfg):
@@ -1019,8 +1020,9 @@ def token_advantages(encoder, groups, rewards, cfg):
     without the look term, each with its own mean and std. Our reading; `--look_credit completion` is the
     paper's plain sum for every token.
     """
+    late = cfg if cfg.look_credit == "completion" else replace(cfg, look_weight=0.0)
     whole = group_advantages(total_reward(rewards, cfg)).tolist()
-    after_look = group_advantages(total_reward(rewards, cfg, look=cfg.look_credit == "completion")).tolist()
+    after_look = group_advantages(total_reward(rewards, late)).tolist()
     flat = []
     for group, early, late in zip(groups, whole, after_look):
         parts = []
@@ -1046,12 +1048,13 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
     for group, advantages in zip(groups, token_advantages(encoder, groups, rewards, cfg)):
         group.advantages = advantages
-    for together in forwards(groups, cfg.tokens_per_forward) if reference else ():
-        with torch.no_grad():
-            for group, logp in zip(together, reference(together)):
-                group.ref_logp = logp
-    for _ in range(cfg.num_iterations):
-        metrics = update(policy, optimizer, groups, cfg, lr)
+    if reference is not None:
+        for together in forwards(groups, cfg.tokens_per_forward):
+            with torch.no_grad():
+                for group, logp in zip(together, reference(together)):
+                    group.ref_logp = logp
+    updates = [update(policy, optimizer, groups, cfg, lr) for _ in range(cfg.num_iterations)]
+    metrics = updates[-1] | {"skipped": max(metrics["skipped"] for metrics in updates)}
 
     seconds, n_tokens = time.perf_counter() - started, sum(group.n_tokens for group in groups)
     metrics |= describe(groups, rewards, encoder, cfg) | {
@@ -1089,7 +1092,7 @@ def setup(cfg):
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on fp32 copies of the weights (of fp32 weights, the "copy" is the weight itself).
+    """AdamW on fp32 copies of the weights (of fp32 weights, in one process, the "copy" is the weight itself).
 
     At learning rate 1e-6 an update is far below bf16's resolution: 98% of bf16 weights would never move.
     """
@@ -1122,7 +1125,7 @@ def make_optimizer(policy):
 
 
 def learning_rate(step, steps, peak, warmup):
-    """Linear from 0 to `peak` over the warm-up, then linear to 0 at `steps`."""
+    """Linear up to `peak` over the warm-up, then linear down to 0 at `steps`."""
     return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
 
 
@@ -1279,7 +1282,7 @@ def read_ahead(encoder, records, plan, tolerated=0.01):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints, log, pictures. The run is crash-only: what a restart repairs ends it with one line
+# Checkpoints, log, pictures. The run is crash-only: an error that a restart repairs ends it with one line
 
 
 def identity(cfg):
@@ -1884,9 +1887,10 @@ def parse_flags(argv):
         parser.set_defaults(**DEMO)
     cfg = Config(**vars(parser.parse_args(argv)))
     for option in fields(Config):
-        value, least = getattr(cfg, option.name), option.metadata["least"]
-        if least is not None and not least <= value < float("inf"):  # NaN neither
-            raise SystemExit(f"--{option.name} {value}: at least {least} ({option.metadata['help']})")
+        value, (about, least, most) = getattr(cfg, option.name), option.metadata.values()
+        if least is not None and not least <= value <= most:  # NaN neither
+            allowed = f"at least {least}" + f", at most {most}" * (most < sys.float_info.max)
+            raise SystemExit(f"--{option.name} {value}: {allowed} ({about})")
     return cfg
 
 
