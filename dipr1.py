@@ -1208,6 +1208,8 @@ def join_processes():
 def as_record(line, method):
     """A line of the data, checked -> a record, with its truth in `truth`. ValueError says what is wrong."""
     def text(value):
+        if not isinstance(value, str):
+            raise ValueError(f"a text is expected, not {value!r:.40}")
         value.encode()  # ValueError for half a surrogate pair, which no tokenizer can write
         return nfc(value)
 

@@ -43,7 +43,7 @@ import dipr1
 from dipr1 import Config, Group, Response
 
 HERE = Path(__file__).parent
-REAL = HERE.parent / "shared" / "real"  # real annotation files, where somebody put them
+REAL = HERE.parent / "shared" / "real"  # real annotation files are not a part of the project
 ONE, CROWD = [[0, 0, 10, 10]], [[10, 10, 30, 50], [25, 12, 45, 52], [50, 40, 70, 90], [75, 20, 95, 70]]
 MIDDLES = [[20, 30], [35, 32], [60, 65], [85, 45]]  # of that crowd
 METHODS = "dip-r1", "perception-r1"
@@ -53,7 +53,7 @@ NAN, INF = float("nan"), float("inf")
 SCENARIOS = [dict(), dict(zero_odd=True, beta=0.0), dict(freeze_vision=True, tokens_per_forward=10_000),
              dict(num_iterations=2, gradient_checkpointing=True)]  # of training with two processes
 IMAGE = (100, 80)  # width, height of the pictures that we make
-replaced = functools.partial(mock.patch.multiple, dipr1)  # for a while, in processes unknown to pytest too
+replaced = functools.partial(mock.patch.multiple, dipr1)  # names of dipr1, for a while
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs the real annotation files")
 
 
@@ -571,8 +571,8 @@ def test_inverse_cdf_draws_the_distribution_and_never_an_impossible_token():
     drawn = dipr1.inverse_cdf(p.log().clamp(min=-1e4).expand(8000, -1), torch.arange(8000) / 8000)
     assert torch.allclose(torch.bincount(drawn, minlength=6) / 8000, p, atol=1e-3)
     logits = torch.randn(500, 3000, generator=torch.Generator().manual_seed(0)) * 3
-    logits[:, :100] = logits[:, 2000:] = -1e4  # the largest and the smallest number, rounded either way
-    for uniform in (0.0, 1 - 2**-24):
+    logits[:, :100] = logits[:, 2000:] = -1e4
+    for uniform in (0.0, 1 - 2**-24):  # the smallest and the largest number that is drawn
         drawn = dipr1.inverse_cdf(logits.log_softmax(-1), torch.full((500,), uniform))
         assert 100 <= drawn.min() and drawn.max() < 2000
 
@@ -580,7 +580,7 @@ def test_inverse_cdf_draws_the_distribution_and_never_an_impossible_token():
 def test_placeholders_are_never_sampled_and_other_special_tokens_break_the_format(tiny):
     """The policy may love <|image_pad|>: neither sampler nor scorer gives it a chance."""
     policy, encoder, prompts = load(tiny)
-    policy.model.lm_head.weight.data[encoder.image_token] *= 1000  # pushes every hidden state towards it
+    policy.model.lm_head.weight.data[encoder.image_token] *= 1000  # dwarfs all others, or is dwarfed
     groups = sampled(policy, encoder, prompts[:2], 4, 20)
     assert encoder.image_token not in torch.cat([o for group in groups for o in group.completions])
     hidden, every = torch.randn(1, 128), torch.arange(len(policy.forbidden))
@@ -672,12 +672,12 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_
         ({"boxes": [[50, 9, 50.5, 14]]}, "x1 < x2"), ({"boxes": [[1, 2, 52, 4]]}, "outside the 50 x 50"),
         ({"boxes": [[-2, 2, 9, 4]]}, "outside"), ({"points": [[20, 51.5]]}, "outside"),
         ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"ignore": [[1]]}, "ignore, row 1"),
-        ({"width": 0}, "width and height"), ({"width": "50"}, "width and height"), ({"image": 3}, ""),
-        ({"target": None}, ""), ({"target": "\ud800"}, ""), ({"task": "singing"}, "singing"),
+        ({"width": 0}, "width and height"), ({"width": "50"}, "width and height"), ({"image": 3}, "operand"),
+        ({"target": None}, "a text"), ({"target": "\ud800"}, "surrogate"), ({"task": "singing"}, "singing"),
         ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
         ({"ignore": [[1, 2, 3, 4]], "labels": []}, "0 ignore_labels for 1 ignore"),
         ({"method": "perception-r1", "task": "grounding"}, "one box"),
-        ({"method": "perception-r1", "task": "ocr", "transcript": ["a"]}, ""),
+        ({"method": "perception-r1", "task": "ocr", "transcript": ["a"]}, "a text is e"),
         ({"method": "perception-r1", "task": "counting", "points": [[1, 2, 3, 4]]}, "points, row 1")]],
 ], ids=lambda text: ascii(text[-40:]))
 def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, line, said):
