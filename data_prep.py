@@ -829,17 +829,24 @@ def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = F
     draw_records(out, draw)
 
 
+def draw_rows(picture, rows, color, line):
+    """Outline boxes (x1, y1, x2, y2) that have an area, or circle points (x, y), on a picture."""
+    pen = ImageDraw.Draw(picture)
+    for row in map(tuple, rows):
+        if len(row) == 2:
+            pen.circle(row, 2 * line, outline=color, width=line)
+        elif row[0] < row[2] and row[1] < row[3]:
+            pen.rectangle(row, outline=color, width=line)
+
+
 def draw_records(out, number):
     """Save pictures of records drawn at random: boxes and points orange, ignore regions grey."""
     records = read_jsonl(out, dict) if number else []
     for number, record in enumerate(random.Random(0).sample(records, min(number, len(records)))):
         picture, path = open_image(out.parent / record["image"]), out.with_name(f"{out.stem}-{number}.png")
-        pen, line = ImageDraw.Draw(picture), max(1, picture.width // 300)
-        for name, color in ("ignore", (150, 150, 150)), ("boxes", (255, 140, 0)):
-            for box in record.get(name, []):
-                pen.rectangle(box, outline=color, width=line)
-        for point in record.get("points", []):
-            pen.circle(point, 2 * line, outline=(255, 140, 0), width=line)
+        orange = (255, 140, 0)
+        for name, color in ("ignore", (150, 150, 150)), ("boxes", orange), ("points", orange):
+            draw_rows(picture, record.get(name, []), color, line=max(1, picture.width // 300))
         picture.save(path)
         print(path)
 

@@ -69,7 +69,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.utils import logging
 
 import data_prep
-from data_prep import check_rows, open_image, read_jsonl, written_whole
+from data_prep import check_rows, draw_rows, open_image, read_jsonl, written_whole
 
 
 def flag(default, help, least=None, most=sys.float_info.max):
@@ -1437,15 +1437,6 @@ class Log:
             raise SystemExit(f"{phase} step {step}: ten updates in a row not finite ({seen}). Lower the rate")
 
 
-def draw_boxes(image, boxes, scale, color, line):
-    """Outline boxes (n, 4), or squares around points (n, 2), on an image `scale` times as large."""
-    pen = ImageDraw.Draw(image)
-    for row in boxes * scale if isinstance(boxes, np.ndarray) else ():
-        x1, y1, x2, y2 = row if len(row) == 4 else [*(row - 4), *(row + 4)]
-        if x1 < x2 and y1 < y2:
-            pen.rectangle([x1, y1, x2, y2], outline=color, width=line)
-
-
 def draw_picture(group, path, height=448):
     """PNG of a group: its first completion on the image (truth thin white, answer orange, look green) and the
     map of where the group's answers disagree, which is what the look is paid to find."""
@@ -1457,13 +1448,14 @@ def draw_picture(group, path, height=448):
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
     doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
-    draw_boxes(image, first.answer, scale, (255, 140, 0), 4)
-    draw_boxes(image, prompt.truth, scale, (255, 255, 255), 1)
+    scaled = lambda rows: rows * scale if isinstance(rows, np.ndarray) else ()  # neither text nor None
+    draw_rows(image, scaled(first.answer), (255, 140, 0), 4)
+    draw_rows(image, scaled(prompt.truth), (255, 255, 255), 1)
     said = repr(first.answer) if isinstance(first.answer, str) else "truth white, answer orange, look green"
     captions = f"{prompt.record['target']}: {said}", f"where {len(group.responses)} answers disagree"
     sheet = Image.new("RGB", (2 * size[0] + 8, height + 24), (24, 24, 24))
     for x, side, caption in zip((0, size[0] + 8), (image, doubt), captions):
-        draw_boxes(side, first.look, scale, (60, 220, 60), 2)
+        draw_rows(side, scaled(first.look), (60, 220, 60), 2)
         sheet.paste(side, (x, 24))
         ImageDraw.Draw(sheet).text((x + 6, 6), caption.encode("ascii", "replace").decode(), (230, 230, 230))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
