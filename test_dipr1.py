@@ -248,7 +248,6 @@ def test_matching_and_the_rewards_made_of_it_equal_trying_every_pairing():
 @pytest.mark.parametrize("pred, gt, ignore, expected", [
     (TWO, TWO, None, 1), (TWO[:1], TWO, None, 0.25 + 0.75 / 2), (TWO, TWO[:1], None, 0.25 / 2 + 0.75),
     (boxes(), boxes(), None, 1), (boxes(), TWO, None, 0), (TWO, boxes(), None, 0),
-    (None, boxes(), None, 0),  # what does not parse is not the empty list
     (np.repeat(TWO, 5, axis=0), TWO, None, 0.25 / 5 + 0.75),  # duplicates
     (boxes([0, 0, 30, 10]), TWO, None, 0),  # one box around everybody
     (boxes(*TWO, [900, 900, 950, 950], [9, 9, 3, 3]), TWO, None, 0.25 / 2 + 0.75),  # boxes nowhere count, too
@@ -337,7 +336,8 @@ def test_labels_that_differ_pair_nothing(method):
     assert earned(rows) == earned(rows[::-1]) == 1
     assert earned([rows[0], rows[1] | {"label": "dog"}]) == earned([rows[0], truth[1]]) == 0.5
     assert earned([row | {"label": "bird"} for row in rows]) == earned(truth) == 0  # nobody's label; none
-    assert earned([], prompt_of("detection", boxes(), method, labels=[])) == 1
+    empty = prompt_of("detection", boxes(), method, labels=[])
+    assert earned([], empty) == 1 and earned("none", empty) == 0  # what does not parse is not the empty list
     ignoring = prompt_of("detection", truth, method, [[0, 0, 99, 99]], labels=labels, ignore_labels=["cat"])
     stray = {"bbox_2d": [20, 20, 30, 30], "label": "cat"}
     assert earned([*rows, stray], ignoring) == 1 > earned([*rows, stray | {"label": "dog"}], ignoring)
