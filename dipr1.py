@@ -1800,8 +1800,8 @@ def train(cfg):
 
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=96, sft_steps=1350, sft_lr=2.5e-5, sft_batch=16,
-    steps=390, lr=3e-4, prompts_per_step=8, tokens_per_forward=2000, gradient_checkpointing=False, save_every=0)
+    output_dir="runs/demo", max_new_tokens=96, sft_steps=1350, sft_lr=2.5e-5, sft_batch=16, steps=390,
+    lr=3e-4, prompts_per_step=8, tokens_per_forward=2000, gradient_checkpointing=False, save_every=0)
 PRETRAINING = dict(sft_steps=1900, sft_lr=2e-3, steps=0)  # stands for what Qwen2.5-VL knows already
 SCENES = {"sparse": (4000, 150), "dense": (400, 150), "night": (0, 150)}  # of each crowd: to train, held out
 SHOWN = ("precision", "recall", "f1", "ap50", "crowded_recall", "boxes_per_image", "truth_boxes_per_image",
