@@ -1194,7 +1194,7 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
         assert not out.exists()
     message = run("dipr1.py", *flags, "--data", tmp_path / "no.jsonl", expect=1)
     assert "data_prep.py crowdhuman" in message and "--demo" in message and "Traceback" not in message
-    for flag, value in (("group_size", 1), ("temperature", 0), ("prompts_per_step", 0), ("lr", "nan")):
+    for flag, value in (("group_size", 1), ("temperature", 0), ("lr", "nan"), ("recall_weight", 1.5)):
         refused_at_once(f"--{flag} {value}.*: at least ", f"--{flag}", value)
     refused_at_once("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
     refused_at_once("--demo compares SFT and dip-r1: neither", "--demo", "--steps", 0)
