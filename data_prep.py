@@ -130,7 +130,7 @@ def check_rows(name, rows, k, width=None, height=None):
     if not isinstance(rows, (list, tuple)):
         raise ValueError(f"{name} must be a list of rows, not {rows!r:.80}")
     require((isinstance(row, (list, tuple)) and len(row) == k
-             and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # and no NaN
+             and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # no NaN, no True
              for row in rows), f"is not {k} numbers below a million")
     table = np.array(rows, float).reshape(-1, k)
     if width is None:

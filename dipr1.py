@@ -1020,9 +1020,9 @@ def token_advantages(encoder, groups, rewards, cfg):
     without the look term, each with its own mean and std. Our reading; `--look_credit completion` is the
     paper's plain sum for every token.
     """
-    late = cfg if cfg.look_credit == "completion" else replace(cfg, look_weight=0.0)
+    answer_cfg = cfg if cfg.look_credit == "completion" else replace(cfg, look_weight=0.0)
     whole = group_advantages(total_reward(rewards, cfg)).tolist()
-    after_look = group_advantages(total_reward(rewards, late)).tolist()
+    after_look = group_advantages(total_reward(rewards, answer_cfg)).tolist()
     flat = []
     for group, early, late in zip(groups, whole, after_look):
         parts = []
