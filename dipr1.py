@@ -31,6 +31,7 @@ import copy
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -61,9 +62,8 @@ from torch.nn.functional import cross_entropy, linear, pad, scaled_dot_product_a
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
-from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import logging
@@ -669,86 +669,62 @@ def weak_look(truth, width, height, seed):
 
 @dataclass
 class Packed:
-    """R groups, each one row [ image + prompt | o_1 | o_2 | ... | o_G ], padded to the longest row, L.
+    """Groups, one behind the other and without padding: [ prompt | o_1 | .. | o_G | prompt | o_1 | .. ]."""
 
-    Attention wants the same tokens by completion: the *tree* [ prompt, P | o_1, T | ... | o_G, T ], with P
-    and T the longest prompt and completion of the forward.
-    """
-
-    ids: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (3, R, L); every completion starts where the prompt ended, as if it were alone
-    sources: torch.Tensor  # (N,) for each completion token the place, in R x L, that predicts it
-    to_tree: torch.Tensor  # (R, G T) the column of each completion token in its row; any for padding
-    from_tree: torch.Tensor  # (R, L) the place of each column in the tree
-    mask: torch.Tensor  # (R G, 1, T, P + T) True where a token of o_i attends: the prompt, o_i up to itself
+    ids: list  # for each group the (L,) ids of its row
+    positions: torch.Tensor  # (3, sum L); a completion starts where its prompt ended, as if it were alone
+    sources: list  # for each completion the places of the tokens that predict its tokens
+    lengths: list  # for each group [|prompt|, |o_1|, .., |o_G|]
 
 
 def pack(groups):
-    """Lay groups out for one forward -> Packed. The tree pads prompts to P and completions to T; a row is the
-    tree without that padding.
-
-    A prompt of 3 tokens with completions a b and c, alone in a forward: the row is [ p p p a b c ], the tree
-    [ p p p | a b | c . ], `to_tree` 3 4 5 5, `from_tree` 0 1 2 3 4 5, `sources` 2 3 2, positions 0 1 2 3 4 3.
-    """
-    def row_positions(group):  # (length, 3)
-        start = group.prompt.positions.max() + 1
-        ranges = [(start + torch.arange(len(o), device=o.device)).expand(3, -1) for o in group.completions]
-        return torch.cat([group.prompt.positions, *ranges], dim=1).T
-
-    rows = [torch.cat([group.prompt.ids, *group.completions]) for group in groups]
-    device, R, L = rows[0].device, len(rows), max(map(len, rows))
-    prompts = torch.tensor([len(group.prompt.ids) for group in groups])[:, None, None]  # (R, 1, 1)
-    lengths = pad_sequence([torch.tensor([len(o) for o in g.completions]) for g in groups], batch_first=True)
-    P, G, T = prompts.max().item(), lengths.shape[1], lengths.max().item()
-    t, key = torch.arange(T), torch.arange(P + T)
-    written = t < lengths[..., None]  # (R, G, T)
-    real = torch.cat([torch.arange(P) < prompts[:, 0], written.flatten(1)], dim=1)  # (R, P + G T)
-    to_tree = (real.cumsum(dim=1) - 1)[:, P:]  # padding takes the column of the token before it
-    from_tree = real.int().argsort(dim=1, descending=True, stable=True)[:, :L]
-    before = torch.where(t == 0, prompts, to_tree.view_as(written)) - 1  # o_i follows the prompt's last token
-    sources = (torch.arange(R)[:, None, None] * L + before)[written]
-    mask = (key < prompts) | (key >= P) & (key <= P + t[:, None])  # (R, T, P + T)
-    layout = sources, to_tree, from_tree, mask.repeat_interleave(G, 0)[:, None]
-    ids = pad_sequence(rows, batch_first=True)
-    positions = pad_sequence([row_positions(group) for group in groups], batch_first=True)
-    return Packed(ids, positions.permute(2, 0, 1), *(x.to(device) for x in layout))
+    """Lay groups out for one forward -> Packed. A prompt of 3 tokens with completions a b and c is the row
+    [ p p p a b c ], at positions 0 1 2 3 4 3; the sources of a, b and c are 2 3 2."""
+    ids, positions, sources, lengths, at = [], [], [], [], 0
+    for group in groups:
+        prompt, device = group.prompt, group.prompt.ids.device
+        ids.append(torch.cat([prompt.ids, *group.completions]))
+        lengths.append([len(prompt.ids), *map(len, group.completions)])
+        positions.append(prompt.positions)
+        at += len(prompt.ids)
+        last = at - 1  # the prompt's last token predicts the first of each completion
+        for o in group.completions:
+            t = torch.arange(len(o), device=device)
+            positions.append((prompt.positions.max() + 1 + t).expand(3, -1))
+            sources.append(torch.where(t == 0, last, at - 1 + t))
+            at += len(o)
+    return Packed(ids, torch.cat(positions, dim=1), sources, lengths)
 
 
 # o = softmax(q k^T / sqrt(d)) v
-def attend(query, key, value, mask):
-    """(B, H, Q, D), (B, H', K, D) x 2, mask or None (causal) -> (B, Q, H, D); heads share keys, H' <= H."""
-    if query.is_cuda and mask is not None:  # CUDA's masked kernels do not support grouped heads
-        shared = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    causal = mask is None and query.shape[2] > 1
-    out = scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=True)
+def attend(query, key, value):
+    """(1, H, Q, D), (1, H', K, D) x 2 -> (1, Q, H, D). The queries are the last Q of the K tokens, and each
+    attends to itself and what stands before it; heads share keys, H' <= H."""
+    (Q, K), mask = (query.shape[2], key.shape[2]), None
+    if Q < K:
+        mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)
+        if query.is_cuda:  # CUDA's masked kernels do not support grouped heads
+            shared = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def tree_attention(module, query, key, value, attention_mask, **options):
-    """Causal attention in which completions do not see each other: (R, H, L, D) x 3, Packed -> (R, L, H, D).
+    """Causal attention in which completions do not see each other: (1, H, L, D) x 3, Packed -> (1, L, H, D).
 
     A token of the prompt attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper
     than a mask over the whole row: what siblings would contribute has weight 0 and is not computed, and no
-    (L, L) mask exists. transformers calls this in every layer; without Packed (in prefill) it is the usual
-    causal attention.
+    (L, L) mask exists. transformers calls this in every layer.
     """
-    if not isinstance(attention_mask, Packed):
-        return attend(query, key, value, attention_mask), None
-    packed, R = attention_mask, len(query)
-    G, P = len(packed.mask) // R, packed.mask.shape[-1] - packed.mask.shape[-2]
-
-    def by_completion(x):  # (R G, H, T, D)
-        columns = packed.to_tree[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-        return x.gather(2, columns).unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
-
-    def behind_prompt(x):  # (R G, H, P + T, D); behind a short prompt stand o_1's tokens, which are masked
-        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), by_completion(x)], dim=2)
-
-    of_prompt = attend(query[:, :, :P], key[:, :, :P], value[:, :, :P], None)
-    of_tokens = attend(by_completion(query), behind_prompt(key), behind_prompt(value), packed.mask)
-    out = torch.cat([of_prompt, of_tokens.unflatten(0, (R, G)).flatten(1, 2)], dim=1)
-    return out.gather(1, packed.from_tree[..., None, None].expand(-1, -1, *out.shape[2:])), None
+    out, flat = [], [n for lengths in attention_mask.lengths for n in lengths]
+    parts = zip(*(x.split(flat, dim=2) for x in (query, key, value)))
+    for lengths in attention_mask.lengths:
+        (q, prompt_k, prompt_v), *completions = itertools.islice(parts, len(lengths))
+        out.append(attend(q, prompt_k, prompt_v))
+        for q, k, v in completions:
+            out.append(attend(q, torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)))
+    return torch.cat(out, dim=1), None
 
 
 # log pi(y) = z_y - log sum_v exp z_v,    z = W h + b
@@ -775,7 +751,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
         AttentionInterface.register("tree", tree_attention)
-        AttentionMaskInterface.register("tree", sdpa_mask)  # where no Packed is given
         model.model.language_model.set_attn_implementation("tree")
         config = model.config
         # A sampled image token would have no image; ids beyond the tokenizer have no text.
@@ -806,16 +781,23 @@ class Policy(nn.Module):
         """What logits are made of: hidden states (N, D) over the temperature, W (V, D), the bias (V,)."""
         return hidden / self.temperature, self.model.lm_head.weight, self.forbidden
 
+    def read(self, groups, cache=None):
+        """Groups -> (Packed, the hidden state of each of its tokens (sum L, D)). `cache` takes their keys and
+        values."""
+        packed, features = pack(groups), self.see([group.prompt for group in groups])
+        embeds = torch.cat([self.embed(ids, seen) for ids, seen in zip(packed.ids, features)])
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds[None], position_ids=packed.positions[:, None],
+            past_key_values=cache, use_cache=cache is not None,
+            attention_mask={"full_attention": packed},  # in this form it goes to the layers untouched
+        ).last_hidden_state[0]
+        return packed, hidden
+
     def forward(self, groups):
         """Groups -> for each the flat (N,) log-probabilities of its tokens."""
-        packed, features = pack(groups), self.see([group.prompt for group in groups])
-        hidden = self.model.model.language_model(
-            inputs_embeds=torch.stack([self.embed(i, f) for i, f in zip(packed.ids, features)]),
-            position_ids=packed.positions, use_cache=False,
-            attention_mask={"full_attention": packed},  # in this form it goes to the layers untouched
-        ).last_hidden_state
+        packed, hidden = self.read(groups)
         targets = torch.cat([completion for group in groups for completion in group.completions])
-        logp = token_logprobs(*self.head(hidden.flatten(0, 1)[packed.sources]), targets)
+        logp = token_logprobs(*self.head(hidden[torch.cat(packed.sources)]), targets)
         return logp.split([group.n_tokens for group in groups])
 
 
@@ -851,24 +833,21 @@ def prefill(policy, prompts, copies, room):
 
     Returns the log-probabilities (B, V) of the first token, B = prompts x copies; the cache, for each layer
     keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a token.
-    Prompts are padded on the right to L: under causal attention no real token sees the padding.
+    The cache is padded on the right to the longest prompt, L.
     """
-    embeds = [policy.embed(p.ids, features) for p, features in zip(prompts, policy.see(prompts))]
-    embeds = pad_sequence(embeds, batch_first=True)
-    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).permute(2, 0, 1)
-    lengths = torch.tensor([len(p.ids) for p in prompts], device=embeds.device)
     prefix = DynamicCache()
-    hidden = policy.model.model.language_model(
-        inputs_embeds=embeds, position_ids=positions, past_key_values=prefix, use_cache=True
-    ).last_hidden_state
-    last = hidden[torch.arange(len(prompts)), lengths - 1]
+    packed, hidden = policy.read([Group(prompt, []) for prompt in prompts], prefix)
+    lengths = torch.tensor([len(ids) for ids in packed.ids], device=hidden.device)
+    last = hidden[lengths.cumsum(0) - 1]
     logprobs = linear(*policy.head(last)).float().log_softmax(-1)
 
-    def rows(x):
+    def rows(x):  # (1, H', sum L, D'), the prompts side by side
+        by_prompt = [part[0].transpose(0, 1) for part in x.split(lengths.tolist(), dim=2)]
+        x = pad_sequence(by_prompt, batch_first=True).transpose(1, 2)
         return pad(x.repeat_interleave(copies, 0), (0, 0, 0, room))
 
     cache = [(rows(layer.keys), rows(layer.values)) for layer in prefix.layers]
-    visible = torch.arange(embeds.shape[1] + room, device=embeds.device) < lengths[:, None]
+    visible = torch.arange(lengths.max() + room, device=hidden.device) < lengths[:, None]
     return logprobs.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
 
@@ -953,14 +932,14 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
 
 
 def forwards(groups, tokens_per_forward):
-    """Groups of similar length, as many to a forward as its tokens allow, since its rows are padded to the
-    longest -> a list of lists."""
-    length = lambda group: len(group.prompt.ids) + group.n_tokens
-    lists = [[]]
-    for group in sorted(groups, key=length):
-        if lists[-1] and (len(lists[-1]) + 1) * length(group) > tokens_per_forward:
-            lists.append([])
+    """Groups in turn, as many to a forward as its tokens allow -> a list of lists."""
+    lists, room = [], 0
+    for group in groups:
+        length = len(group.prompt.ids) + group.n_tokens
+        if not lists or length > room:
+            lists, room = [*lists, []], tokens_per_forward
         lists[-1].append(group)
+        room -= length
     return lists
 
 
