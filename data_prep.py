@@ -33,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
@@ -305,57 +305,26 @@ def draw_scene(rng, size, people, scale, overlap, saturation, light):
     return Image.blend(scene, Image.new("RGB", scene.size, NIGHT), 1 - light), boxes, ignore
 
 
-PHRASES = {  # of grounding: the person whose box has the smallest key
-    "the person furthest left": lambda box: box[0],
-    "the person furthest right": lambda box: -box[2],
-    "the tallest person": lambda box: box[1] - box[3]}
-
-
-def draw_page(rng, size, cell=28):
-    """A page of a few short words, one a line: (image, text). Each letter fills a cell of 28 pixels, which is
-    one visual token: a small model would not learn in minutes to put letters together."""
-    page, cells = Image.new("RGB", (size, size), muted(rng, 225, 243)), size // cell
-    lengths = rng.integers(1, cells + 1, rng.integers(1, cells))  # the last line stays empty
-    words = ["".join(rng.choice(list("ABCDEFGHJK"), length)) for length in lengths]
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(0.9 * cell)
-    color = colorful(rng, VIVID, 0.1, 0.4)
-    for row, word in enumerate(words):
-        for column, letter in enumerate(word):
-            pen.text((cell * (column + 0.5), cell * (row + 0.5)), letter, font=font, fill=color, anchor="mm")
-    return page, "\n".join(words)
-
-
-def save_scene(out, seed, number, size, task, crowd):
+def save_scene(out, seed, number, size, crowd):
     """Draw and save scene `number`, which does not depend on the other scenes -> its record."""
     rng, name = np.random.default_rng([seed, number, list(CROWDS).index(crowd)]), f"images/{number:06d}.png"
-    record = {"image": name, "width": size, "height": size, "target": "person", "task": task}
-    if task == "ocr":
-        scene, record["transcript"] = draw_page(rng, size)
-    else:
-        scene, boxes, ignore = draw_scene(rng, size, **CROWDS[crowd])
+    scene, boxes, ignore = draw_scene(rng, size, **CROWDS[crowd])
     scene.save(out / name, compress_level=1)
-    if task == "detection":
-        record |= {"boxes": boxes, "ignore": ignore}
-    if task == "grounding":
-        phrase = str(rng.choice(list(PHRASES)))
-        record |= {"target": phrase, "boxes": [min(boxes, key=PHRASES[phrase])]}
-    if task == "counting":
-        record["points"] = [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in boxes]
-    return record
+    about = {"image": name, "width": size, "height": size, "target": "person"}
+    return about | {"boxes": boxes, "ignore": ignore}
 
 
 def synthetic(out: Path, images: count = 2000, seed: int = 0, size: int = 112, val: count = None,
-              task: ("detection", "grounding", "counting", "ocr") = "detection",
               crowd: tuple(CROWDS) = "sparse"):
-    """Draw scenes, `size` pixels wide and high: val.jsonl has the last `val` (default a tenth), train.jsonl
-    the rest. `task` is what is asked of them; `crowd` is a row of CROWDS."""
+    """Draw scenes of a `crowd`, `size` pixels wide and high: val.jsonl has the last `val` (default a tenth),
+    train.jsonl the rest."""
     if size < 56:
         raise SystemExit(f"--size {size} is too small for a scene: at least 56 pixels")
     train = images - (max(1, images // 10) if val is None else val)
     if train < 0:
         raise SystemExit(f"--images {images} is too few: val.jsonl takes {val}")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    draw = functools.partial(save_scene, out, seed, size=size, task=task, crowd=crowd)
+    draw = functools.partial(save_scene, out, seed, size=size, crowd=crowd)
     with ProcessPoolExecutor() as pool:
         records = list(tqdm(pool.map(draw, range(images), chunksize=64), "drawing scenes", images))
     for name, part in ("train.jsonl", records[:train]), ("val.jsonl", records[train:]):

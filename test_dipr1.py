@@ -1058,10 +1058,11 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
 
 def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
     lines = []
-    for task in ("detection", "grounding", "counting", "ocr"):
-        data_prep.main(["synthetic", "--out", str(tmp_path / task), "--images", "5", "--task", task])
-        drawn = read_lines(tmp_path / task / "train.jsonl")
-        lines += [line | {"image": f"{task}/{line['image']}"} for line in drawn]
+    for number, line in enumerate(line for line in read_lines(tiny[1]) if line["boxes"]):
+        first, points = line["boxes"][:1], [[x, y] for x, y, *_ in line["boxes"]]
+        lines += [line, line | {"task": "grounding", "target": "the first", "boxes": first},
+                  line | {"task": "counting", "points": points},
+                  line | {"task": "ocr", "transcript": f"page {number}"}]
     lines[0]["labels"] = ["person"] * len(lines[0]["boxes"])
     four_tasks = write(tmp_path / "all.jsonl", *lines)
     flags = ["--method", "perception-r1", "--data", four_tasks, "--max_new_tokens", 16, "--group_size", 3]
@@ -1075,13 +1076,13 @@ def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
     assert len(list((tmp_path / "eval/pictures").iterdir())) == 8
     again = evaluation_of(tmp_path / "again", *flags, "--predictions", tmp_path / "eval/predictions.jsonl")
     assert again | {"source": 0} == figures | {"source": 0}
-    refused("line 5: .*'grounding' does not go with --method dip-r1", dipr1.load_records, four_tasks)
-    silent = write(tmp_path / "silent.jsonl", {"image": "ocr/images/000000.png"})
+    refused("line 2: .*'grounding' does not go with --method dip-r1", dipr1.load_records, four_tasks)
+    *_, counted, page = read_lines(four_tasks)
+    silent = write(tmp_path / "silent.jsonl", {name: page[name] for name in ("image", "target", "task")})
     refused("silent.jsonl, line 1: .*transcript", main, *flags, "--predictions", silent)
     # A count without points is evaluated by its number, and not trained on.
-    line = next(line for line in read_lines(four_tasks) if line["task"] == "counting")
-    line["count"] = len(line.pop("points"))
-    flags += ["--data", write(tmp_path / "d.jsonl", line), "--model", tiny[0]]
+    counted["count"] = len(counted.pop("points"))
+    flags += ["--data", write(tmp_path / "d.jsonl", counted), "--model", tiny[0]]
     figures = evaluation_of(tmp_path / "count", *flags, "--eval", "--samples", 2)
     assert {"exact_count", "count_mae", "format_rate"} <= set(figures) and "accuracy_reward" not in figures
     said = "without points: they can be evaluated, not trained on"
