@@ -12,7 +12,7 @@
     python dipr1.py --help                          every setting
 
 What is unusual here:
-  1) One group is one row: the prompt and its image are read once for all G completions (`pack`).
+  1) A prompt and its image are read once for all G completions, which follow it in one sequence (`pack`).
   2) The loss is averaged over all tokens of a group, as in DIP-R1, and not over each completion first.
   3) The look reward is credited to the tokens that can have earned it (`token_advantages`).
   4) SFT is the same update with one completion, the truth, and advantage 1 (`sft_step`).
@@ -31,7 +31,6 @@ import copy
 import functools
 import gc
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -112,8 +111,8 @@ class Config:
     sft_batch: int = flag(32, "images per supervised step, over all processes together", 1)
 
     freeze_vision: bool = flag(False, "do not train the vision tower; it then runs once per step")
-    gradient_checkpointing: bool = flag(True, "recompute activations: takes a third of the memory")
-    tokens_per_forward: int = flag(12_000, "groups share a forward up to so many tokens; more is faster", 1)
+    gradient_checkpointing: bool = flag(True, "recompute activations: needs a third of the memory")
+    tokens_per_forward: int = flag(12_000, "groups share a forward up to this many tokens; more is faster", 1)
     samples: int = flag(8, "answers sampled per image in evaluation, beside the greedy one", 0)
     picture_every: int = flag(20, "steps between pictures; 0: none", 0)
     save_every: int = flag(100, "steps between checkpoints; 0: only where SFT and GRPO end", 0)
@@ -366,11 +365,11 @@ def counting_reward(pred, truth, width, height):
 
 def levenshtein(a, b):
     """The fewest insertions, deletions and substitutions that turn string a into b: the usual table, a row at
-    a time, in which the insertions along a row are a running minimum."""
+    a time, in which the deletions along a row are a running minimum."""
     codes, steps = np.array([ord(character) for character in a], int), np.arange(len(a) + 1)
     row = steps
     for i, character in enumerate(b, 1):
-        best = np.minimum(row[1:] + 1, row[:-1] + (codes != ord(character)))  # delete, or substitute
+        best = np.minimum(row[1:] + 1, row[:-1] + (codes != ord(character)))  # insert, or substitute
         row = np.minimum.accumulate(np.concatenate([[i], best]) - steps) + steps
     return int(row[-1])
 
@@ -529,7 +528,7 @@ class Group:
     """One prompt and its completions o_1 .. o_G; flat tensors run over all their N = sum_i |o_i| tokens."""
 
     prompt: Prompt
-    completions: list  # G tensors of token ids, EOS included
+    completions: list  # G tensors of token ids, with EOS unless cut at max_new_tokens
     rollout_logp: torch.Tensor | None = None  # (N,) the sampler's log-probabilities, only to compare
     texts: list | None = None  # G decoded completions
     advantages: torch.Tensor | None = None  # (N,)
@@ -664,70 +663,73 @@ def weak_look(truth, width, height, seed):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Scoring: one group is one row, and prompt and image are read once for all its completions
+# Scoring: a prompt and its image are read once, and all its completions follow them in one sequence
 
 
 @dataclass
 class Packed:
-    """Groups, one behind the other and without padding: [ prompt | o_1 | .. | o_G | prompt | o_1 | .. ]."""
+    """Groups, one behind the other and without padding: [ prompt | o_1 | .. | o_G | prompt | o_1 | .. ], T
+    tokens in all."""
 
-    ids: list  # for each group the (L,) ids of its row
-    positions: torch.Tensor  # (3, sum L); a completion starts where its prompt ended, as if it were alone
-    sources: list  # for each completion the places of the tokens that predict its tokens
+    ids: torch.Tensor  # (T,)
+    positions: torch.Tensor  # (3, T); a completion starts one past its prompt's largest, as if it were alone
+    sources: torch.Tensor  # (N,) for each token of a completion the place of the one that predicts it
     lengths: list  # for each group [|prompt|, |o_1|, .., |o_G|]
 
 
 def pack(groups):
-    """Lay groups out for one forward -> Packed. A prompt of 3 tokens with completions a b and c is the row
-    [ p p p a b c ], at positions 0 1 2 3 4 3; the sources of a, b and c are 2 3 2."""
+    """Lay groups out for one forward -> Packed. A prompt p p p of text with the completions [a b] and [c]
+    becomes p p p a b c, at positions 0 1 2 3 4 3, predicted from the places [2 3] and [2]."""
     ids, positions, sources, lengths, at = [], [], [], [], 0
     for group in groups:
         prompt, device = group.prompt, group.prompt.ids.device
-        ids.append(torch.cat([prompt.ids, *group.completions]))
+        ids += [prompt.ids, *group.completions]
         lengths.append([len(prompt.ids), *map(len, group.completions)])
         positions.append(prompt.positions)
         at += len(prompt.ids)
-        last = at - 1  # the prompt's last token predicts the first of each completion
-        for o in group.completions:
-            t = torch.arange(len(o), device=device)
-            positions.append((prompt.positions.max() + 1 + t).expand(3, -1))
-            sources.append(torch.where(t == 0, last, at - 1 + t))
-            at += len(o)
-    return Packed(ids, torch.cat(positions, dim=1), sources, lengths)
+        last, start = at - 1, prompt.positions.max() + 1
+        for n in map(len, group.completions):
+            positions.append((start + torch.arange(n, device=device)).expand(3, -1))
+            sources += [last, *range(at, at + n - 1)]  # the prompt's last token predicts the first
+            at += n
+    sources = torch.tensor(sources, dtype=torch.long, device=device)
+    return Packed(torch.cat(ids), torch.cat(positions, dim=1), sources, lengths)
 
 
-# o = softmax(q k^T / sqrt(d)) v
+# o = softmax(q k^T / sqrt(D') + M) v,   M = 0 where the key's token is not behind the query's, else -inf
 def attend(query, key, value):
-    """(1, H, Q, D), (1, H', K, D) x 2 -> (1, Q, H, D). The queries are the last Q of the K tokens, and each
-    attends to itself and what stands before it; heads share keys, H' <= H."""
+    """q (1, H, Q, D'), k and v (1, H', K, D') -> (1, Q, H, D'). The queries are those of the last Q of the K
+    tokens; heads share keys, H' <= H."""
     (Q, K), mask = (query.shape[2], key.shape[2]), None
     if Q < K:
         mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)
-        if query.is_cuda:  # CUDA's masked kernels do not support grouped heads
+        if query.is_cuda:  # CUDA's fused kernels with a mask do not support shared heads
             shared = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 
 
-def tree_attention(module, query, key, value, attention_mask, **options):
-    """Causal attention in which completions do not see each other: (1, H, L, D) x 3, Packed -> (1, L, H, D).
+def tree_attention(module, query, key, value, packed, **options):
+    """Causal attention in which completions do not see each other: q (1, H, T, D'), k and v (1, H', T, D'),
+    Packed -> (1, T, H, D'), and None for the weights.
 
     A token of the prompt attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper
-    than a mask over the whole row: what siblings would contribute has weight 0 and is not computed, and no
-    (L, L) mask exists. transformers calls this in every layer.
+    than a mask over the whole sequence: what siblings would contribute has weight 0 and is not computed, and
+    no (T, T) mask exists. transformers calls this in every layer.
     """
-    out, flat = [], [n for lengths in attention_mask.lengths for n in lengths]
+    out, flat = [], [n for lengths in packed.lengths for n in lengths]
     parts = zip(*(x.split(flat, dim=2) for x in (query, key, value)))
-    for lengths in attention_mask.lengths:
-        (q, prompt_k, prompt_v), *completions = itertools.islice(parts, len(lengths))
+    for lengths in packed.lengths:
+        q, prompt_k, prompt_v = next(parts)
         out.append(attend(q, prompt_k, prompt_v))
-        for q, k, v in completions:
+        for _ in lengths[1:]:
+            q, k, v = next(parts)
             out.append(attend(q, torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)))
     return torch.cat(out, dim=1), None
 
 
-# log pi(y) = z_y - log sum_v exp z_v,    z = W h + b
+# log pi(y) = z_y - log sum_v exp z_v,    z = W h / temperature + b
 def token_logprobs(hidden, weight, bias, targets, chunk=512):
     """log pi of each target: h (N, D), W (V, D), b (V,), targets (N,) -> (N,) in fp32.
 
@@ -754,7 +756,7 @@ class Policy(nn.Module):
         model.model.language_model.set_attn_implementation("tree")
         config = model.config
         # A sampled image token would have no image; ids beyond the tokenizer have no text.
-        # A bias of -1e4 takes their probability to exactly 0; -inf would give NaN.
+        # A bias of -1e4 takes their probability to exactly 0; with -inf a target among them would be NaN.
         forbidden = torch.zeros(config.text_config.vocab_size)
         forbidden[len(tokenizer) :] = -1e4
         forbidden[[config.image_token_id, config.video_token_id]] = -1e4
@@ -767,29 +769,25 @@ class Policy(nn.Module):
             return [prompt.features for prompt in prompts]
         pixels, grid = torch.cat([p.pixels for p in prompts]), torch.cat([p.grid for p in prompts])
         trained = any(weight.requires_grad for weight in self.model.model.visual.parameters())
-        # Recomputation asks for gradients even of a frozen tower, and would run it again in the backward.
+        # Gradient checkpointing would run a frozen tower again in the backward, for gradients of its input.
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return list(self.model.get_image_features(pixels, grid).pooler_output)
 
-    def embed(self, ids, features):
-        """Token ids (L,) -> (L, D), the image's features in the place of the prompt's image tokens."""
-        embeds = self.model.get_input_embeddings()(ids)
-        places = (ids == self.model.config.image_token_id).nonzero()[: len(features)]
-        return embeds.scatter(0, places.expand(-1, embeds.shape[1]), features.to(embeds.dtype))
-
     def head(self, hidden):
-        """What logits are made of: hidden states (N, D) over the temperature, W (V, D), the bias (V,)."""
+        """Hidden states (N, D) -> h / temperature, W (V, D), b (V,): `linear` makes logits of the three."""
         return hidden / self.temperature, self.model.lm_head.weight, self.forbidden
 
     def read(self, groups, cache=None):
-        """Groups -> (Packed, the hidden state of each of its tokens (sum L, D)). `cache` takes their keys and
-        values."""
-        packed, features = pack(groups), self.see([group.prompt for group in groups])
-        embeds = torch.cat([self.embed(ids, seen) for ids, seen in zip(packed.ids, features)])
+        """Groups -> (Packed, the hidden state of each of its tokens (T, D)). A `cache` is filled with their
+        keys and values."""
+        packed, features = pack(groups), torch.cat(self.see([group.prompt for group in groups]))
+        embeds = self.model.get_input_embeddings()(packed.ids)
+        visual = (packed.ids == self.model.config.image_token_id).nonzero()[:, 0]
+        embeds = embeds.index_copy(0, visual, features.to(embeds.dtype))
         hidden = self.model.model.language_model(
             inputs_embeds=embeds[None], position_ids=packed.positions[:, None],
             past_key_values=cache, use_cache=cache is not None,
-            attention_mask={"full_attention": packed},  # in this form it goes to the layers untouched
+            attention_mask={"full_attention": packed},  # a dict is passed on to the layers as it is
         ).last_hidden_state[0]
         return packed, hidden
 
@@ -797,7 +795,7 @@ class Policy(nn.Module):
         """Groups -> for each the flat (N,) log-probabilities of its tokens."""
         packed, hidden = self.read(groups)
         targets = torch.cat([completion for group in groups for completion in group.completions])
-        logp = token_logprobs(*self.head(hidden[torch.cat(packed.sources)]), targets)
+        logp = token_logprobs(*self.head(hidden[packed.sources]), targets)
         return logp.split([group.n_tokens for group in groups])
 
 
@@ -812,7 +810,8 @@ def unwrap(policy):
 
 def draw_uniforms(seed, step, index, shape):
     """The random numbers of one prompt at one step, from a generator of its own: sampling is a function of
-    (seed, step, prompt), the same on whichever rank and in whatever batch the prompt comes up."""
+    (seed, step, prompt), the same on whichever rank and in whatever batch the prompt comes up (but for
+    rounding)."""
     return torch.from_numpy(np.random.default_rng([seed, step, index]).random(shape, dtype=np.float32))
 
 
@@ -829,7 +828,7 @@ def inverse_cdf(logprobs, uniform):
 
 
 def prefill(policy, prompts, copies, room):
-    """Read every prompt once, and make `copies` rows of each, with room for `room` more tokens.
+    """Read every prompt once, and make `copies` rows of each, with `room` empty columns behind them.
 
     Returns the log-probabilities (B, V) of the first token, B = prompts x copies; the cache, for each layer
     keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a token.
@@ -837,16 +836,16 @@ def prefill(policy, prompts, copies, room):
     """
     prefix = DynamicCache()
     packed, hidden = policy.read([Group(prompt, []) for prompt in prompts], prefix)
-    lengths = torch.tensor([len(ids) for ids in packed.ids], device=hidden.device)
+    lengths = torch.tensor(packed.lengths, device=hidden.device)[:, 0]
     last = hidden[lengths.cumsum(0) - 1]
     logprobs = linear(*policy.head(last)).float().log_softmax(-1)
 
-    def rows(x):  # (1, H', sum L, D'), the prompts side by side
+    def spread(x):  # (1, H', T, D'), prompts end to end -> (B, H', L + room, D')
         by_prompt = [part[0].transpose(0, 1) for part in x.split(lengths.tolist(), dim=2)]
         x = pad_sequence(by_prompt, batch_first=True).transpose(1, 2)
-        return pad(x.repeat_interleave(copies, 0), (0, 0, 0, room))
+        return pad(x, (0, 0, 0, room)).repeat_interleave(copies, 0)
 
-    cache = [(rows(layer.keys), rows(layer.values)) for layer in prefix.layers]
+    cache = [(spread(layer.keys), spread(layer.values)) for layer in prefix.layers]
     visible = torch.arange(lengths.max() + room, device=hidden.device) < lengths[:, None]
     return logprobs.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
 
@@ -870,7 +869,7 @@ def decode_step(policy, cache):
             q, k = apply_rotary_pos_emb(q, k, *angles)
             keys.index_copy_(2, column, k)
             values.index_copy_(2, column, v)
-            q = q.reshape(len(q), keys.shape[1], -1, attention.head_dim)  # a query per shared key
+            q = q.reshape(len(q), keys.shape[1], -1, attention.head_dim)  # (B, H', H / H', D')
             o = scaled_dot_product_attention(q, keys, values, visible)
             x = x + attention.o_proj(o.flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -932,12 +931,13 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
 
 
 def forwards(groups, tokens_per_forward):
-    """Groups in turn, as many to a forward as its tokens allow -> a list of lists."""
+    """Groups in order, split into forwards of at most so many tokens (a longer one goes alone) -> lists."""
     lists, room = [], 0
     for group in groups:
         length = len(group.prompt.ids) + group.n_tokens
         if not lists or length > room:
-            lists, room = [*lists, []], tokens_per_forward
+            lists.append([])
+            room = tokens_per_forward
         lists[-1].append(group)
         room -= length
     return lists
@@ -946,16 +946,16 @@ def forwards(groups, tokens_per_forward):
 def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
     """One optimizer step on the groups' mean loss, gradients averaged over the ranks by DDP -> metrics.
 
-    Each rank runs a backward, also where nothing is to be learned; only its last one synchronises. A loss or
-    gradient that is not finite on one rank makes every rank skip the update.
+    Every rank runs its backwards, even if all its advantages are 0; only the last one averages gradients. A
+    loss or gradient that is not finite on one rank makes every rank skip the update.
     """
     policy.train()
     for options in optimizer.param_groups:
         options["lr"] = lr
     total, stats, lists = 0.0, [], forwards(groups, cfg.tokens_per_forward)
     for number, together in enumerate(lists, 1):
-        wait = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(lists)
-        with policy.no_sync() if wait else contextlib.nullcontext():  # around forward and backward both
+        local = isinstance(policy, nn.parallel.DistributedDataParallel) and number < len(lists)
+        with policy.no_sync() if local else contextlib.nullcontext():  # around forward and backward both
             loss = 0.0
             for group, logp in zip(together, policy(together)):
                 if group.old_logp is None:  # until the first update, pi_old is pi itself
