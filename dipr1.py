@@ -885,8 +885,8 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     """Complete each prompt G times -> a list of Groups.
 
     `uniforms` (P, G, max_new_tokens) are the random numbers, NaN where the likeliest token is wanted. All
-    rows write their t-th token to the same column of the cache. Rows that have met EOS are dropped once they
-    make up half of the batch.
+    rows write their t-th token to the same column of the cache. Rows that have met EOS write on, which is cut
+    at the end, and are dropped once they make up half of the batch.
     """
     policy.eval()
     device, G = policy.model.device, uniforms.shape[1]
@@ -896,8 +896,9 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     column = torch.tensor([visible.shape[-1] - max_new_tokens], device=device)  # behind the prompts
     tokens = torch.zeros(len(first), max_new_tokens, dtype=torch.long, device=device)
     chosen = torch.zeros(len(first), max_new_tokens, device=device)  # log-probabilities of the tokens
-    lengths, rows, decode = torch.zeros_like(first), torch.arange(len(first), device=device), None
+    lengths, rows = torch.zeros_like(first), torch.arange(len(first), device=device)
     running = torch.ones_like(rows, dtype=torch.bool)  # which of the rows have no EOS yet
+    decode = None  # made for the rows that there are
     for t in range(max_new_tokens):
         token = inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
@@ -909,7 +910,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
         if n_running <= len(rows) // 2:
             rows, token, visible, first = (x[running] for x in (rows, token, visible, first))
             cache = [(keys[running], values[running]) for keys, values in cache]
-            running, decode = torch.ones_like(rows, dtype=torch.bool), None  # its number of rows is fixed
+            running, decode = torch.ones_like(rows, dtype=torch.bool), None  # captured for fixed shapes
         visible.index_fill_(-1, column, True)
         inputs = token, first + t, column, visible
         if decode is None:
@@ -917,12 +918,12 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
             decode = captured(decode, *inputs) if device.type == "cuda" else decode  # as a CUDA graph
         logprobs = decode(*inputs)
         column += 1
-    completions = [row[:n] for row, n in zip(tokens, lengths.tolist())]
-    logps, groups = [row[: len(o)] for row, o in zip(chosen, completions)], []
-    for number, prompt in enumerate(prompts):
-        mine = slice(number * G, (number + 1) * G)
-        texts = [encoder.decode(o) for o in completions[mine]]
-        groups.append(Group(prompt, completions[mine], torch.cat(logps[mine]), texts))
+    groups = []
+    by_prompt = (x.unflatten(0, (-1, G)) for x in (tokens, chosen, lengths.cpu()))
+    for prompt, ids, logps, ends in zip(prompts, *by_prompt):
+        completions = [row[:n] for row, n in zip(ids, ends)]
+        logp = torch.cat([row[:n] for row, n in zip(logps, ends)])
+        groups.append(Group(prompt, completions, logp, [encoder.decode(o) for o in completions]))
     return groups
 
 
