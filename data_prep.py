@@ -29,7 +29,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +113,7 @@ def as_text(value):
     """A non-empty string, without surrounding space; ValueError for everything else."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"a text is expected, not {value!r:.40}")
+    value.encode()  # ValueError for half a surrogate pair, which no tokenizer can write
     return value.strip()
 
 
@@ -143,10 +144,20 @@ def check_rows(name, rows, k, width=None, height=None):
     return inside
 
 
+def check_count(number, points):
+    """ValueError unless the number of instances is a whole one, and that of the points, if there are any."""
+    if type(number) is not int or number < 0 or points is not None and len(points) != number:
+        raise ValueError(f"count is {number!r}, but there are {len([] if points is None else points)} points")
+
+
+def check_size(size):
+    """ValueError for an image of (width, height) that Qwen's image processor refuses."""
+    if max(size) > 200 * min(size):
+        raise ValueError("{} x {} pixels: a ratio above 200".format(*size))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Images: opened in one way, here and in dipr1.py
-
-LARGEST_RATIO = 200  # of the sides: Qwen's image processor refuses more
 
 
 @contextlib.contextmanager
@@ -154,20 +165,10 @@ def opened(path):
     """Pillow's image, not decoded yet. OSError says plainly why it, or what is done with it, fails."""
     try:
         with Image.open(path) as image:
-            if max(image.size) > LARGEST_RATIO * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels: a ratio above {LARGEST_RATIO}")
+            check_size(image.size)
             yield image
     except Exception as error:
         raise OSError(reason(error)) from None
-
-
-def on_its_side(image):
-    """Does EXIF swap width and height? From the header alone; not if EXIF is damaged."""
-    try:
-        exif = Image.Image.getexif(image)  # PNG's own getexif would decode the image
-        return image.format != "TIFF" and exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:
-        return False
 
 
 def open_image(path):
@@ -193,7 +194,11 @@ def image_size(path, no_verify=False):
         if not no_verify:
             return open_image(path).size
         with opened(path) as image:
-            return image.size[::-1] if on_its_side(image) else image.size
+            orientation = None
+            with contextlib.suppress(Exception):  # damaged EXIF; PNG's own getexif would decode the image
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+            return image.size[::-1] if on_its_side else image.size
     except OSError as error:
         return error
 
@@ -448,10 +453,16 @@ def image_finder(root, split):
     Folders of another split are passed over: "train", "val" or "test" is a word of their names, as in val2017
     or sur_train (and not in contest).
     """
-    root, paths = Path(os.path.abspath(root)), {}
-    for folder, _, names in os.walk(root, followlinks=True):
+    root, paths, seen = Path(os.path.abspath(root)), {}, set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         splits = {"train", "val", "test"} & set(re.findall("[a-z]+", os.path.relpath(folder, root).lower()))
-        for name in names if split in splits or not splits else ():
+        searched = split in splits or not splits
+        if (os.path.realpath(folder), searched) in seen:  # a link to where we have been, perhaps a circle
+            subfolders.clear()
+            continue
+        seen.add((os.path.realpath(folder), searched))
+        subfolders.sort()
+        for name in names if searched else ():
             paths.setdefault(name, []).append(Path(folder, name))
 
     def locate(name):
@@ -480,7 +491,7 @@ def crowdhuman(root: Path, split: ("train", "val"), target: str = "person"):
 
 
 def citypersons(root: Path, split: ("train", "val"), target: str = "pedestrian"):
-    """`anno_<split>.mat` or the JSON files of `gtBboxCityPersons`, with the images in `leftImg8bit`.
+    """`annotations/anno_<split>.mat` or `gtBboxCityPersons/<split>/*/*.json`, images in `leftImg8bit`.
 
     As in the standard protocol, the full boxes of pedestrians are the targets; riders, sitting people, groups
     and all else are ignore regions.
@@ -525,7 +536,10 @@ def wider_line(line, width=None):
 
 
 def widerpedestrian(root: Path, split: ("train", "val"), target: str = "person"):
-    """The text files of 2018 or 2019, images anywhere below `root`. Pedestrians and cyclists are merged."""
+    """`<split>_annotations.txt` of 2018 or `Annotations/<split>_bbox.txt` of 2019, images anywhere below.
+
+    Pedestrians and cyclists are merged. Files `*<split>*ignore*.txt` beside it hold the ignore regions.
+    """
     path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
     beside = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
     ignore = boxes_by_key(beside, functools.partial(wider_line, width=4))
@@ -539,7 +553,7 @@ UAVDT_TEST = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M080
 
 
 def uavdt(root: Path, split: ("train", "test"), target: str = "vehicle", stride: count = 1):
-    """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt`.
+    """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt` and `_gt_ignore.txt`.
 
     Cars, trucks and buses are one class. `stride` N takes every N-th frame: neighbours are nearly the same.
     """
@@ -555,8 +569,8 @@ def uavdt(root: Path, split: ("train", "test"), target: str = "vehicle", stride:
         whole = find(truths, f"{name}_gt_whole.txt")  # and not _gt.txt, which has no classes
         boxes = boxes_by_key([whole], functools.partial(parse, (1, 2, 3)))
         ignore = boxes_by_key(truths.glob(f"{name}_gt_ignore.txt"), functools.partial(parse, (-1,)))
-        on_disk = {int(p.stem[3:]) for p in (images / name).glob("img[0-9]*.jpg")}  # frames without a box too
-        for frame in sorted(on_disk | boxes.keys())[::stride]:
+        files = (images / name).glob("img" + 6 * "[0-9]" + ".jpg")  # frames without a box, too
+        for frame in sorted({int(file.stem[3:]) for file in files} | boxes.keys())[::stride]:
             fields = {"target": target, "boxes": boxes[frame], "ignore": ignore[frame]}
             yield images / name / f"img{frame:06d}.jpg", fields
 
@@ -572,16 +586,18 @@ def by_id(entries):
 
 def coco(root: Path, split: ("train", "val", "test"), target: str = None, category: str = "person",
          annotations: Path = None):
-    """COCO-form JSON, images anywhere below `root`: a `category`, or "all" of them with a label for each box.
+    """`annotations/instances_<split>2017.json`, or `annotations` in its form, with images anywhere below.
 
-    `annotations` is a file other than the official one. `iscrowd` and `ignore` mark ignore regions. Images
-    without a box stay in.
+    The targets are one `category`, or "all" of them with a label for each box. `iscrowd` and `ignore` mark
+    ignore regions. Images without a box stay in. Folders of another split are not searched: for a val file
+    whose images lie in a folder `train`, that folder is `root`.
     """
     path = annotations or find(root, f"annotations/instances_{split}2017.json")
     with reading(path):
         data = json.loads(path.read_bytes())
         images = dict(sorted(by_id(data["images"]).items()))  # in the order of the official toolkit
         entries = list(data["annotations"])
+        listed = Counter(entry.get("file_name") for entry in images.values())
         names = {number: as_text(entry["name"]) for number, entry in by_id(data["categories"]).items()}
     wanted = [name for name in dict.fromkeys(names.values()) if category in (name, "all")]
     if not wanted:
@@ -598,12 +614,16 @@ def coco(root: Path, split: ("train", "val", "test"), target: str = None, catego
                 fields.get("ignore_labels" if ignored else "labels", []).append(label)
         except Exception as error:
             fields["fault"] = f"annotation {number}: {reason(error)}"
+    if entries and not images.keys() & {entry["image_id"] for entry in entries}:
+        raise SystemExit(f"{path}: no annotation refers to an image that is listed")
     for number in (number for number in truths if number not in images):
         yield path, {"fault": f"it annotates image {number!r}, which is not listed"}
     locate = image_finder(root, split)
     for number, entry in images.items():
         with reading(path, f"image {number}"):
             image, size = locate(entry["file_name"]), (entry.get("width"), entry.get("height"))
+            if listed[entry["file_name"]] > 1:  # each would have a part of the boxes
+                truths[number]["fault"] = f"listed {listed[entry['file_name']]} times, under different ids"
         yield image, {"target": target or ", ".join(wanted), "size": size, **truths[number]}
 
 
@@ -636,8 +656,11 @@ def refcoco_refs(path, split, image_folder):
 @functools.cache
 def files_by_hash(folder):
     """{sha256 of the content: path} of the files below `folder`."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
+    table = {}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with reading(path), open(path, "rb") as file:
+            table[hashlib.file_digest(file, "sha256").hexdigest()] = path
+    return table
 
 
 def image_of(entry, path, image_folder):
@@ -703,8 +726,7 @@ def pixmo_count(root: Path, image_folder: Path = None):
             points, count = entry.get("points") or [], entry["count"]
             if isinstance(points, dict):  # a pair of lists, as published
                 points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=True)]
-            if type(count) is not int or count < 0 or points and len(points) != count:
-                raise ValueError(f"count is {count!r}, but there are {len(points)} points")
+            check_count(count, points or None)
             points = check_rows("points", [[point["x"], point["y"]] for point in points], 2).tolist()
             # Of val and test only the count is published.
             truth = {"count": count} if count and not points else {"points": points}
@@ -766,10 +788,11 @@ def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = F
     """Write the JSONL `out`, which refers to the images, and say what became of each annotation.
 
     An image with more than `max_boxes` (40 for train, else no limit) is left out whole: with some of its
-    boxes cut, right answers would be punished. For that reason a faulty annotation, too, leaves out its
-    image. Images are decoded, unless `no_verify`: headers only. `draw` N saves N of them with their boxes.
+    boxes cut, right answers would be punished. For that reason a box outside its image, too, leaves out the
+    image; a malformed line ends the conversion (in COCO's form it leaves out its image). Images are decoded,
+    unless `no_verify`: headers only. `draw` N saves N of them with their boxes.
     """
-    counts, crowds = Counter(), []
+    counts, crowds, folder = Counter(), [], out.parent.resolve()  # links would mislead ".." in a path
     with written_whole(out) as file:
         for image, fields, size in tqdm(measured(annotations, no_verify), "converting", unit=" lines"):
             annotated = len(fields.get("boxes", []))
@@ -785,7 +808,7 @@ def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = F
             if max_boxes and boxes > max_boxes:
                 counts[f"left out: images with more than {max_boxes} boxes"] += 1
                 continue
-            file.write(json.dumps({"image": os.path.relpath(image, out.parent), **fields}) + "\n")
+            file.write(json.dumps({"image": os.path.relpath(image, folder), **fields}) + "\n")
             counts.update({name: len(fields.get(name, [])) for name in ("boxes", "ignore", "points")})
             counts["left out: boxes without area inside their image"] += annotated - boxes
             crowds.append(boxes)
@@ -812,8 +835,9 @@ def draw_records(out, number):
     """Save pictures of records drawn at random: boxes and points orange, ignore regions grey."""
     records = read_jsonl(out, dict) if number else []
     for number, record in enumerate(random.Random(0).sample(records, min(number, len(records)))):
-        picture, path = open_image(out.parent / record["image"]), out.with_name(f"{out.stem}-{number}.png")
-        orange = (255, 140, 0)
+        path, orange = out.with_name(f"{out.stem}-{number}.png"), (255, 140, 0)
+        with reading(out.parent / record["image"]):
+            picture = open_image(out.parent / record["image"])
         for name, color in ("ignore", (150, 150, 150)), ("boxes", orange), ("points", orange):
             draw_rows(picture, record.get(name, []), color, line=max(1, picture.width // 300))
         picture.save(path)
@@ -857,10 +881,13 @@ def main(argv=None):
     try:
         made = function(**own)
         if function in SOURCES:
+            read = [value.resolve() for value in own.values() if isinstance(value, Path)]
+            if out.is_dir() or out.resolve() in read:
+                raise SystemExit(f"--out {out} is a folder or a file to read, and not one to write")
             if own.get("split") == "train" and not args["max_boxes"]:
                 args["max_boxes"] = MAX_BOXES
             convert(made, **args)
-    except (OSError, ValueError) as error:  # of writing, or of a negative seed; reading has its own messages
+    except (OSError, ValueError, BrokenExecutor) as error:  # reading has its own messages
         raise SystemExit(f"{out}: {error}") from None
 
 

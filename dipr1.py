@@ -68,7 +68,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.utils import logging
 
 import data_prep
-from data_prep import check_rows, draw_rows, open_image, read_jsonl, written_whole
+from data_prep import check_count, check_rows, check_size, draw_rows, open_image, read_jsonl, written_whole
 
 
 def flag(default, help, least=None, most=sys.float_info.max):
@@ -102,7 +102,7 @@ class Config:
     num_iterations: int = flag(1, "updates on each batch of rollouts", 1)
 
     format_weight: float = flag(1.0, "w_f", 0)
-    look_weight: float = flag(0.1, "w_l; the look is learned fast, and more of it costs precision", 0)
+    look_weight: float = flag(0.1, "w_l, our reading; the look is learned fast, more costs precision", 0)
     recall_weight: float = flag(0.8, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0, 1)
     look_credit: Literal["section", "completion"] = flag("section", "the tokens that earn the look reward")
 
@@ -114,7 +114,7 @@ class Config:
     gradient_checkpointing: bool = flag(True, "recompute activations: needs a third of the memory")
     tokens_per_forward: int = flag(12_000, "groups share a forward up to this many tokens; more is faster", 1)
     samples: int = flag(8, "answers sampled per image in evaluation, beside the greedy one", 0)
-    picture_every: int = flag(20, "steps between pictures; 0: none", 0)
+    picture_every: int = flag(20, "GRPO steps between pictures; 0: none", 0)
     save_every: int = flag(100, "steps between checkpoints; 0: only where SFT and GRPO end", 0)
     keep: int = flag(3, "the newest checkpoints to keep, beside the one that ended SFT; 0: all", 0)
     resume: bool = flag(False, "go on from the newest complete checkpoint in --output_dir, if there is one")
@@ -889,6 +889,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     at the end, and are dropped once they make up half of the batch.
     """
     policy.eval()
+    torch.cuda.empty_cache()  # without a GPU nothing; else the memory of the last rollout's CUDA graphs
     device, G = policy.model.device, uniforms.shape[1]
     uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
     logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
@@ -1046,10 +1047,16 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
 # The method ends here. What it stands on: a loaded model, an optimizer for bf16, a fast decode step
 
 
+def device_of(cfg):
+    """Where the model lives: of several GPUs on the current one. The demo stays on the CPU: a model so small
+    is no faster on a GPU, and there its answers are the same everywhere."""
+    return "cuda" if torch.cuda.is_available() and not cfg.demo else "cpu"
+
+
 def setup(cfg):
     """Load `--model`, a name or a folder, to this process's device -> (policy, encoder). SystemExit gives the
     reason if it cannot be loaded, or not completely: a weight that is not in the file would be random."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # of several GPUs the one that is current
+    device = device_of(cfg)
     try:
         kind = AutoConfig.from_pretrained(cfg.model).model_type
         if kind != "qwen2_5_vl":
@@ -1098,7 +1105,7 @@ def make_optimizer(policy):
     """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if not dist.is_initialized():
+    if rank_and_world()[1] == 1:  # also where torchrun started it: a checkpoint goes from one to the other
         return MasterAdamW(trained, **options)
     return ZeroRedundancyOptimizer(  # with bucket views, broadcasts are few and large
         trained, MasterAdamW, parameters_as_bucket_view=True, **options)
@@ -1107,6 +1114,9 @@ def make_optimizer(policy):
 def learning_rate(step, steps, peak, warmup):
     """Linear up to `peak` over the warm-up, then linear down to 0 at `steps`."""
     return peak * min((step + 1) / max(warmup, 1), (steps - step) / max(steps - warmup, 1), 1.0)
+
+
+capture_stream = functools.cache(lambda: torch.cuda.Stream())  # one for all: each keeps a cuBLAS workspace
 
 
 def captured(step, *inputs):
@@ -1118,7 +1128,7 @@ def captured(step, *inputs):
     """
     places = [value.clone() for value in inputs]
     try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step(*places)  # libraries set themselves up on first use, which must not be recorded
@@ -1157,7 +1167,7 @@ def print0(*args):
 
 
 def over_ranks(values, reduction="SUM"):
-    """Numbers, reduced over the ranks ("SUM", "MAX") -> list of floats; the ranks wait for each other."""
+    """Numbers, reduced over the ranks (SUM, MIN, MAX) -> list of floats; the ranks wait for each other."""
     values = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -1170,10 +1180,13 @@ def barrier():
     over_ranks([0])
 
 
-def join_processes():
+def join_processes(cfg):
     """Take a GPU, if there are any, and meet the other processes, if torchrun started this one."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device_of(cfg) == "cuda":
+        mine, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if mine >= gpus:
+            raise SystemExit(f"there is no GPU for process {mine + 1}: torchrun --nproc_per_node {gpus}")
+        torch.cuda.set_device(mine)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew, half a second, for every shape
     if "RANK" in os.environ and not dist.is_initialized():
         patience = timedelta(minutes=30)  # if a rank never arrives, stop
@@ -1181,7 +1194,7 @@ def join_processes():
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # This store outlives a restart, addresses of dead ranks in it: each start has a part of its own.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if device_of(cfg) == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
 
 
@@ -1199,6 +1212,7 @@ def as_record(line, method):
         raise ValueError(f"the task {record['task']!r} does not go with --method {record['method']}")
     if not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"width and height are {size}, not positive whole numbers")
+    check_size(size)
     for name, columns in (("boxes", 4), ("ignore", 4), ("points", 2)):
         if name in record:
             record[name] = check_rows(name, record[name], columns, *size)
@@ -1207,8 +1221,8 @@ def as_record(line, method):
         if len(record[name]) != len(record[rows]):
             raise ValueError(f"{len(record[name])} {name} for {len(record[rows])} {rows}")
     record |= {name: text(record[name]) for name in ("target", "transcript") if name in record}
-    if "count" in record:
-        record.setdefault("points")  # None: their number is known, their places are not
+    if "count" in record:  # points are None where their number is known and their places are not
+        check_count(record["count"], record.setdefault("points"))
     if record["task"] == "grounding" and len(record["boxes"]) != 1:
         raise ValueError("a phrase means one box")
     return record | {"truth": record[task.truth]}
@@ -1221,8 +1235,8 @@ def load_records(path, method="dip-r1"):
     if not path.is_file():
         raise SystemExit(
             f"{path} is not there. Make it from CrowdHuman,\n"
-            f"    python data_prep.py crowdhuman ROOT --split train --out {path}\n"
-            f"or draw scenes,\n    python data_prep.py synthetic --out {path.parent}\n"
+            f"    python data_prep.py crowdhuman ROOT --split train (or val) --out {path}\n"
+            f"or draw scenes,\n    python data_prep.py synthetic --out data/synthetic\n"
             f"or see the whole method at work without any data,\n    python dipr1.py --demo")
     located = lambda line: {"path": str(path.parent / line["image"])}
     records = read_jsonl(path, lambda line: as_record(line, method) | located(line))
@@ -1239,8 +1253,8 @@ def batch_indices(n, batch, seed, step):
 
 def read_ahead(encoder, records, plan, tolerated=0.01):
     """Yield the prompts of each list of indices in `plan`, while the images of the next list are read. In the
-    place of an image that no longer opens stands a grey one of weight 0; SystemExit if their share exceeds
-    `tolerated`."""
+    place of an image that no longer opens stands a grey one of weight 0; SystemExit if this process has lost
+    more than the share `tolerated`."""
     lost, plan = set(), iter(plan)
 
     def read(index):
@@ -1284,7 +1298,8 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
     beside, local = final.with_name(final.name + ".tmp"), getattr(optimizer, "optim", optimizer)  # the shard
     try:
         if rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            for cut_short in final.parent.glob("checkpoint-??????.tmp"):
+                shutil.rmtree(cut_short)
             for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
                 part.save_pretrained(beside)
         barrier()
@@ -1303,6 +1318,8 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
             for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
                 if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
                     shutil.rmtree(old)
+    except torch.OutOfMemoryError:
+        raise  # and no matter of the disk
     except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch.save, of a full disk
         raise SystemExit(f"{final} could not be written: {error}. If the disk is full, make room; "
                          "then --resume") from None
@@ -1353,12 +1370,14 @@ def restore(optimizer, folder):
 
 @contextlib.contextmanager
 def noting_signals():
-    """SIGTERM and Ctrl-C are noted in a list until the step is done; the second ends the process at once."""
+    """SIGTERM and Ctrl-C are noted in a list until the step is done. A second Ctrl-C stops at once;
+    a second SIGTERM does not, since scheduler and torchrun may both send one."""
     received = []
 
     def note(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -1645,7 +1664,7 @@ def load_predictions(path, records):
         if not free:
             raise ValueError(f"{entry['image']} " + ("comes too often" if asked else "is not in the data"))
         if len({(records[k]["target"], records[k]["task"]) for k in asked}) > 1:
-            raise ValueError(f"{entry['image']} is asked several questions: name the target")
+            raise ValueError(f"{entry['image']} is asked several questions: name target and task")
         task = task_of(records[free[0]])
         for answer in (entry, *entry.get("samples", [])):
             np.array(answer.get("rewards", [0, 0, 0]), float).reshape(3)  # ValueError unless they are three
@@ -1653,8 +1672,9 @@ def load_predictions(path, records):
                 answer[task.truth] = str(answer[task.truth])
                 continue
             rows = answer[task.truth] = check_rows(task.truth, answer[task.truth], task.columns)
-            if len(answer.get("labels") or rows) != len(rows):
-                raise ValueError(f"{len(answer['labels'])} labels for {len(rows)} {task.truth}")
+            labels = [name for name in answer.get("labels", []) if name is None or isinstance(name, str)]
+            if "labels" in records[free[0]] and len(labels) != len(rows):
+                raise ValueError(f"{len(labels)} labels (texts) for {len(rows)} {task.truth}")
         predictions[free[0]] = entry
 
     read_jsonl(path, check)
@@ -1689,8 +1709,8 @@ def run_evaluation(cfg):
 
 
 def parallel(policy):
-    """Under torchrun, the policy in DDP: a forward through it averages the gradients over the ranks."""
-    if not dist.is_initialized():
+    """With several processes, the policy in DDP: its backward averages the gradients over the ranks."""
+    if rank_and_world()[1] == 1:  # DDP's copy of the gradients would not fit one GPU
         return policy
     options = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)  # no buffer ever changes
     return nn.parallel.DistributedDataParallel(policy, **options)
@@ -1741,8 +1761,8 @@ def refuse_second_run(cfg):
 
 def check_training(cfg, records):
     """SystemExit, before anything is loaded or written, if this run cannot do what it is asked to."""
-    for name in ("sft_batch", "prompts_per_step"):
-        if getattr(cfg, name) % rank_and_world()[1]:
+    for name, steps in ("sft_batch", cfg.sft_steps), ("prompts_per_step", cfg.steps):
+        if steps and getattr(cfg, name) % rank_and_world()[1]:
             raise SystemExit(f"--{name} {getattr(cfg, name)} cannot be shared out evenly over the processes")
     if cfg.steps + cfg.sft_steps == 0:
         raise SystemExit("--steps 0 and --sft_steps 0 train nothing: ask for some of either")
@@ -1768,7 +1788,8 @@ def train(cfg):
     records = load_records(cfg.data, cfg.method)
     check_training(cfg, records)
     folder, done = find_checkpoint(cfg) if cfg.resume else (None, 0)
-    barrier()  # no rank writes before all have looked
+    if over_ranks([done], "MIN") != over_ranks([done], "MAX"):  # and no rank writes before all have looked
+        raise SystemExit(f"{cfg.output_dir}: not every process sees the same checkpoints. Is it shared?")
     policy, encoder = setup(replace(cfg, model=str(folder or cfg.model)))
     warn_of_long_truths(encoder, records, cfg.max_new_tokens)
     policy, log = parallel(policy), Log(cfg.output_dir, done)
@@ -1871,15 +1892,16 @@ def parse_flags(argv):
 def main(argv=None):
     """The command line: every field of Config is a flag."""
     cfg = parse_flags(sys.argv[1:] if argv is None else argv)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max_restarts: a rank died
-        cfg = replace(cfg, resume=True)
     logging.disable_progress_bar()
-    join_processes()  # until then every process believes that it is rank 0
+    join_processes(cfg)  # until then every process believes that it is rank 0
+    if over_ranks([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], "MAX")[0]:  # a rank had died
+        cfg = replace(cfg, resume=True)
     try:
         (run_demo if cfg.demo else run_evaluation if cfg.eval or cfg.predictions else train)(cfg)
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"out of memory. Go on with --resume and a lower --tokens_per_forward, "
-                         f"--max_new_tokens or --max_pixels. PyTorch says: {error}") from None
+        raise SystemExit("out of memory. Go on with --resume and a lower --max_new_tokens, --max_pixels or "
+                         "--tokens_per_forward; evaluate with a lower --prompts_per_step or --samples. "
+                         f"PyTorch says: {error}") from None
     except OSError as error:  # a file or folder that cannot be made or read: the message names it
         raise SystemExit(str(error)) from None
     if dist.is_initialized():

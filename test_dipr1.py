@@ -27,6 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+if __name__ != "__main__" and "gpu" not in sys.argv:  # tests run on the CPU, unless `-m gpu` asks for a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import numpy as np
 import pytest
 import torch
@@ -406,12 +409,10 @@ def tiny(tmp_path_factory):
     return folder / "model", write(folder / "train.jsonl", *records)
 
 
-def load(tiny, eos=0.0, gradient_checkpointing=False, gpu=False, **options):
-    """A fresh (policy, encoder, prompts), on the CPU unless a GPU is asked for. With `eos` above 0 the policy
-    writes its second EOS now and then."""
+def load(tiny, eos=0.0, gradient_checkpointing=False, **options):
+    """A fresh (policy, encoder, prompts); with `eos` above 0 it writes its second EOS now and then."""
     cfg = Config(model=str(tiny[0]), gradient_checkpointing=gradient_checkpointing, **options)
-    with mock.patch.object(torch.cuda, "is_available", lambda: gpu):
-        policy, encoder = dipr1.setup(cfg)
+    policy, encoder = dipr1.setup(cfg)
     noise = torch.randn(128, generator=torch.Generator().manual_seed(0)).to(encoder.device)
     policy.model.lm_head.weight.data[encoder.eos[1]] += eos * noise
     prompts = [encoder.prompt(*pair) for pair in enumerate(dipr1.load_records(tiny[1]))]
@@ -678,6 +679,8 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_
         ({"boxes": [[-2, 2, 9, 4]]}, "outside"), ({"points": [[20, 51.5]]}, "outside"),
         ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"ignore": [[1]]}, "ignore, row 1"),
         ({"width": 0}, "width and height"), ({"width": "50"}, "width and height"), ({"image": 3}, "operand"),
+        ({"width": 10_100}, "10100 x 50 pixels: a ratio above 200"), ({"points": [], "count": 2}, "0 points"),
+        ({"count": "5"}, "count is '5'"), ({"count": None}, "count is None"), ({"count": -1}, "count is -1"),
         ({"target": None}, "a text"), ({"target": "\ud800"}, "surrogate"), ({"task": "singing"}, "singing"),
         ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
         ({"ignore": [[1, 2, 3, 4]], "labels": []}, "0 ignore_labels for 1 ignore"),
@@ -1048,12 +1051,16 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
     assert score(one_box, *lines[1:])["precision"] == 7 / 8
     for line, said in (
             (lines[1], "1.png comes too often"), (one_box | {"target": "dog"}, "0.png is not in the data"),
-            (one_box | {"image": "3.png"}, "name the target"), ({"image": "0.png"}, "no 'boxes'"),
+            (one_box | {"image": "3.png"}, "name target and task"), ({"image": "0.png"}, "no 'boxes'"),
             (one_box | {"boxes": [[1, 2, 3, 4, 0.9]]}, r"boxes, row 1: \[1, 2, 3, 4, 0.9\] is not 4"),
             (one_box | {"samples": [{"boxes": [[1]]}]}, "boxes, row 1"),
-            (one_box | {"labels": ["a", "b"]}, "2 labels for 1 boxes"),
             (one_box | {"rewards": [1, 0]}, "cannot reshape"), (one_box | {"rewards": "good"}, "float")):
         refused(f"p.jsonl, line {1 + (line is lines[1])}: .*{said}", score, line, *lines[1:])
+    # Where the data have labels, boxes without them are an oversight, and no answer that is wrong throughout.
+    write(tmp_path / "d.jsonl", data[0] | {"labels": ["car", "bus"]})
+    assert score(lines[0] | {"labels": ["car", None]})["recall"] == 0.5
+    for labels in ({}, {"labels": ["car"]}, {"labels": [3, 6]}, {"labels": [["car"], ["bus"]]}):
+        refused("line 1: [01] labels .texts. for 2 boxes", score, lines[0] | labels)
 
 
 def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
@@ -1193,6 +1200,14 @@ def test_the_demo_end_to_end_in_small(tmp_path, launcher):
     assert "holds a run already" in again and "are drawn" not in again  # nothing is overwritten
 
 
+def test_every_process_has_a_gpu_of_its_own_and_the_demo_needs_none(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: True, device_count=lambda: 1))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refused("no GPU for process 2: torchrun --nproc_per_node 1", dipr1.join_processes, Config())
+    assert (dipr1.device_of(Config()), dipr1.device_of(Config(demo=True))) == ("cuda", "cpu")
+    dipr1.join_processes(Config(demo=True))
+
+
 def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_written(tiny, tmp_path, capsys):
     out, flags = tmp_path / "out", training(tiny, tmp_path / "out")
     def refused_at_once(said, *more):
@@ -1204,6 +1219,8 @@ def test_what_cannot_run_is_said_in_a_line_with_the_remedy_before_anything_is_wr
         refused_at_once(f"--{flag} {value}.*: at least ", f"--{flag}", value)
     refused_at_once("--steps 0 and --sft_steps 0 train nothing", "--steps", 0, "--sft_steps", 0)
     refused_at_once("--demo compares SFT and dip-r1: neither", "--demo", "--steps", 0)
+    with replaced(rank_and_world=lambda: (0, 3)):  # nor can the SFT batch of 4, which nobody asks for here
+        refused_at_once("--prompts_per_step 4 cannot be shared out", "--sft_steps", 0)
     lost = write(tmp_path / "d.jsonl", *(line_of(image=f"{number}.png") for number in range(6)))
     refused_at_once("6 of 6 images are not there, the first is .*0", "--data", lost)
     config, file = (tiny[0] / "config.json").read_text(), tiny[0] / "model.safetensors"
@@ -1272,8 +1289,13 @@ def assert_same_run(folder, finished):
     assert lines_of(folder) == lines_of(finished) and len(lines_of(folder)) == 6
 
 
-@pytest.mark.parametrize("done", [1, 2, 4])  # in the warm-up, at its end, in GRPO
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_interrupted(taught, finished, tmp_path, done):
+@pytest.mark.parametrize("done, torchrun", [(1, False), (2, False), (4, True)])  # warm-up, its end, GRPO
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_interrupted(
+        taught, finished, tmp_path, monkeypatch, done, torchrun):
+    """Nor does it matter whether torchrun started the one process."""
+    environment = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=29_777)
+    for name, value in environment.items() if torchrun else ():
+        monkeypatch.setenv(name, str(value))
     main(*training(taught, until(done, finished, tmp_path / "run"), "--resume"))
     assert_same_run(tmp_path / "run", finished)
 
@@ -1297,14 +1319,17 @@ def test_a_cut_checkpoint_is_recognised_and_another_run_is_refused(taught, finis
         refused("its processes was 1 and is 2", dipr1.find_checkpoint, same)
     with mock.patch.object(Path, "read_bytes", lambda path: content + b"\n"):
         refused("its data_sha256 was", dipr1.find_checkpoint, same)
+    with replaced(over_ranks=lambda values, how: [values[0] + (how == "MAX")]):  # another node sees more
+        refused("not every process sees the same checkpoints", dipr1.train, same)
 
 
 def test_sigterm_finishes_the_step_and_writes_a_checkpoint_old_ones_go(taught, finished, tmp_path, capsys):
     step = dipr1.grpo_step
     def terminated(*args):
-        if args[-2] == 0:  # the step
+        for _ in (1, 2) if args[-2] == 0 else ():  # in the first step, a scheduler's and torchrun's
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
+    write(tmp_path / "checkpoint-000137.tmp/model.safetensors", b"of a run killed while it saved")
     with replaced(grpo_step=terminated), pytest.raises(SystemExit) as stop:
         main(*training(taught, tmp_path, "--save_every", 100))
     assert stop.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM" in capsys.readouterr().out
@@ -1371,7 +1396,7 @@ def on_gpu(test):
 
 @on_gpu
 def test_the_captured_step_samples_as_the_eager_one_and_bf16_scores_as_exactly_as_naively(tiny, recwarn):
-    policy, encoder, prompts = load(tiny, gpu=True)
+    policy, encoder, prompts = load(tiny)
     groups = sampled(policy, encoder, prompts, 4, 60)
     assert not [warning for warning in recwarn if "CUDA graph" in str(warning.message)]
     with replaced(captured=lambda step, *inputs: step):
@@ -1556,6 +1581,13 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
     (root / "annotation_train.odgt").rename(root / "annotation_val.odgt")  # only training has a limit unasked
     assert [len(r["boxes"]) for r in convert("crowdhuman --split val", root)] == [3, 41, 0]
     refused("out.jsonl", convert, "crowdhuman --split val", root, out=root / "annotation_val.odgt/out.jsonl")
+    refused("--out .* is a folder", convert, "crowdhuman --split val", root, out=root)
+    write(root / "annotation_val.odgt", {"ID": "cut", "gtboxes": []})
+    refused("cut.jpg: .*truncated", convert, "crowdhuman --split val --no_verify --draw 4", root)
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")  # whose .. is not where the link lies
+    (linked,) = convert("crowdhuman --split val --no_verify", root, out=tmp_path / "link/out.jsonl")
+    assert (tmp_path / "link" / linked["image"]).exists()
 
 
 @pytest.mark.parametrize("command, said", [
@@ -1613,6 +1645,7 @@ def test_the_two_wider_forms_are_told_apart(tmp_path):
 def test_uavdt_rows_are_sorted_by_target_and_a_file_without_classes_is_refused(tmp_path):
     root, images = tmp_path / "u", tmp_path / "u/UAV-benchmark-M"
     names = [*(f"M0101/img00000{frame}.jpg" for frame in (1, 2, 3, 4)), "M0203/img000001.jpg"]
+    names += ["M0101/img000001_det.jpg"]  # somebody's own
     make_images([images / name for name in names])
     rows = [f"{frame},{target},{10 * target},5,8,9,1,1,{target}" for target in (1, 2, 3) for frame in (3, 1)]
     write(root / "GT/M0101_gt_whole.txt", *rows)
@@ -1677,6 +1710,11 @@ def test_coco_annotations_are_believed_only_where_they_agree_with_the_image(tmp_
         assert "4.jpg: boxes are all between 0 and 1" in said.err
         assert "other.jpg: the image has 100 x 80 pixels, the annotation 200 x 160" in said.err
         assert "turned.jpg: the image has 80 x 100 pixels, the annotation 100 x 80" in said.err
+    coco_layout(root, [(0, 1, [1, 2, 3, 4]), (1, 1, [5, 6, 7, 8])], ["6.jpg", "6.jpg", "5.jpg"])
+    assert [r["image"] for r in convert("coco --split val", root)] == ["co/val2017/5.jpg"]
+    assert "6.jpg: listed 2 times" in capsys.readouterr().err
+    coco_layout(root, [("0", 1, [1, 2, 3, 4])])
+    refused("no annotation refers to an image that is listed", convert, "coco --split val", root)
 
 
 def test_images_are_found_by_all_that_their_name_says(tmp_path, capsys):
@@ -1689,6 +1727,9 @@ def test_images_are_found_by_all_that_their_name_says(tmp_path, capsys):
     found = [r["image"][3:] for r in convert("coco --split val", root)]
     assert found == ["val2017/" + names[0], "val2017/" + names[2], "contest/y.jpg", "val2017/bare.jpg"]
     assert "seq2/0001.jpg: No such file" in capsys.readouterr().err
+    for link in ("loop", "val2017/loop", "z"):  # two circles, and another name for a folder
+        (root / link).symlink_to(root / "val2017" if link == "z" else root)
+    assert [r["image"][3:] for r in convert("coco --split val", root)] == found
     make_images([root / "more/bare.jpg"])
     refused("bare.jpg may be", convert, "coco --split val", root)
 
@@ -1715,6 +1756,7 @@ def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monke
     refused("found refs.google..p, refs.unc..p; name it as ROOT", convert, "refcoco --split train", root)
     assert len(convert("refcoco --split testA", refs)) == 1
     refused("needs --split", convert, "refcoco", refs)
+    refused("a file to read", convert, "refcoco --split testA", refs, out=refs)
     names = "refs.unc..p: UnpicklingError: it names"
     for content, said in [(pickle.dumps(rude), names) for rude in (Rude(), [Path("x")], np.zeros(2))] + [
             (pickle.dumps(phrases)[:-9], "refs.unc..p: ")]:
@@ -1783,6 +1825,7 @@ def test_lists_of_questions_are_read(tmp_path, command, entry, fields, as_lines)
     ("pixmo_count --image_folder .", "list", URL, "nothing converted.*1 left out: unreadable"),
     ("pixmo_count", "list", URL, "1: .*image_folder"), ("refcoco --split val", "list", ENTRY, "one split"),
     ("ocr", "list", [{"image": "a.jpg", "conversations": TURNS[:1]}], "list, entry 1: "),
+    ("refcoco", "list", ENTRY | {"problem": "\ud83d"}, "line 1: .*surrogates"),
 ])
 def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(
         tmp_path, monkeypatch, command, file, content, said):
@@ -1886,8 +1929,8 @@ def curve(run, start, folder):
 def compare_once(seed, folder, rates, **options):
     """One seed -> the best of SFT's rates, the figures of each way on each crowd, its minutes of training,
     and the curves of SFT and DIP-R1. SFT and DIP-R1 do what the demo does. Interrupted, it goes on."""
-    options = {**dipr1.DEMO, "seed": seed, "output_dir": str(folder), "resume": True, "keep": 0, **options}
-    cfg = Config(**options)
+    always = dict(demo=True, seed=seed, output_dir=str(folder), resume=True, keep=0)
+    cfg = Config(**{**dipr1.DEMO, **always, **options})
     start = dipr1.pretrained(cfg)
     cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
     sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
@@ -1917,7 +1960,7 @@ def compare(seeds, folder, **options):
         if dipr1.rank_and_world()[0] == 0:
             (folder / "compare.json").write_text(json.dumps(runs, indent=2))
             draw_curves(runs, folder / "curves.svg")
-    mean = lambda values: f"{np.mean(values):.3f} +- {np.std(values):.3f}"
+    mean = lambda values: f"{np.mean(values):.3f} +- {np.std(values, ddof=len(values) > 1):.3f}"
     names = ["start", "SFT", "SFT, best moment", "start, answer alone", *WAYS]
     print0 = dipr1.print0
     print0(f"\n{seeds} seeds, held-out images; SFT's rate: {rates[0]:g}")
@@ -2096,7 +2139,7 @@ def run_script():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.compare:
-        dipr1.join_processes()
+        dipr1.join_processes(Config(demo=True))
         return compare(args.compare, args.output_dir)
     for new_tokens in args.new_tokens or SHAPES[args.shapes][-1]:
         benchmark(args.shapes, args.group_size, new_tokens, args.repeats)
