@@ -381,7 +381,7 @@ def smooth_numbers(embeddings, tokenizer, size, rng):
 
 def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
     """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
-    `texts` are templates of the prompts that it will read: each fixed piece of them becomes one token."""
+    From Python, `texts` are templates of its prompts: each fixed piece of them becomes one token."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 

@@ -17,12 +17,10 @@ import os
 import pickle
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 import tracemalloc
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -123,7 +121,6 @@ def line_of(**fields):
 @pytest.mark.parametrize("text, labels", [
     ("[[1, 2, 3, 4], [5, 6, 7.5, 8]]", [None, None]),
     ("```json\n[[1e0,2,3,4.00000000000000000000],[5,6,75e-1,8]]```", [None, None]),
-    ('[{"bbox_2d": [1, 2, 3, 4], "label": "person"}, {"bbox_2d": [5, 6, 7.5, 8]}]', ["person", None]),
     ('```JSON [{"bbox_2d": [1, 2, 3, 4], "score": 0.9, "attributes": {"hidden": [true]}, "label": "a"},'
      '{"label": "b", "bbox_2d": [5, 6, 7.5, 8]}]```', ["a", "b"]),
     ('[{"bbox_2d": [1, 2, 3, 4], "label": 7}, {"bbox_2d": [5, 6, 7.5, 8], "label": null}]', ["7", None]),
@@ -669,20 +666,16 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_
     ("{", "Expecting"), ("[]", "object is expected, not .."), ('{"image": "x.png"}', "no 'width'"),
     ("\xff", "utf-8"), ('{"a": ' + "[" * 100_000, "RecursionError"), ('{"a": ' + "9" * 5000 + "}", "digits"),
     *[(json.dumps(line_of(**fields)), said) for fields, said in [
-        ({"boxes": [[1, 2, 3]]}, r"boxes, row 1: \[1, 2, 3\] is not 4 numbers below a million"),
-        ({"boxes": [[1, 2, 3, 4], [1, 2, 3, 4, 0.9]]}, "boxes, row 2: .* not 4"),
-        ({"boxes": [[1, 2, NAN, 4]]}, "below a million"), ({"boxes": [[1, 2, 3, True]]}, "below a million"),
-        ({"boxes": [[1, 2, 3, 10**400]]}, "a million"), ({"boxes": [[1, 2, 3, "4"]]}, "a million"),
-        ({"boxes": [7]}, "below a million"), ({"boxes": "1234"}, "a list of"),
-        ({"boxes": [[3, 2, 3, 4]]}, "x1 < x2"), ({"boxes": [[3, 9, 8, 4]]}, "y1 < y2"),
+        ({"boxes": [[1, 2, 3, 4], [1, 2, 3]]}, r"boxes, row 2: \[1, 2, 3\] is not 4 numbers below a million"),
+        ({"boxes": [[1, 2, NAN, 4]]}, "below a million"), ({"boxes": "1234"}, "a list of"),
+        ({"boxes": [[3, 9, 8, 4]]}, "y1 < y2"), ({"boxes": [[-2, 2, 9, 4]]}, "outside"),
         ({"boxes": [[50, 9, 50.5, 14]]}, "x1 < x2"), ({"boxes": [[1, 2, 52, 4]]}, "outside the 50 x 50"),
-        ({"boxes": [[-2, 2, 9, 4]]}, "outside"), ({"points": [[20, 51.5]]}, "outside"),
-        ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"ignore": [[1]]}, "ignore, row 1"),
+        ({"points": [[20, 51.5]]}, "outside"), ({"ignore": [[1]]}, "ignore, row 1"),
+        ({"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions"), ({"target": None}, "a text"),
         ({"width": 0}, "width and height"), ({"width": "50"}, "width and height"), ({"image": 3}, "operand"),
         ({"width": 10_100}, "10100 x 50 pixels: a ratio above 200"), ({"points": [], "count": 2}, "0 points"),
-        ({"count": "5"}, "count is '5'"), ({"count": None}, "count is None"), ({"count": -1}, "count is -1"),
-        ({"target": None}, "a text"), ({"target": "\ud800"}, "surrogate"), ({"task": "singing"}, "singing"),
-        ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
+        ({"count": "5"}, "count is '5'"), ({"count": -1}, "count is -1"), ({"target": "\ud800"}, "surrogate"),
+        ({"task": "singing"}, "singing"), ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
         ({"ignore": [[1, 2, 3, 4]], "labels": []}, "0 ignore_labels for 1 ignore"),
         ({"method": "perception-r1", "task": "grounding"}, "one box"),
         ({"method": "perception-r1", "task": "ocr", "transcript": ["a"]}, "a text is e"),
@@ -812,8 +805,9 @@ def test_a_step_makes_likelier_what_earned_more_and_runs_tower_and_layers_no_mor
     """Rollout, then reference and policy for each of three groups, of which the last has lost its image and
     weighs nothing; gradient checkpointing, which is the default, runs the policy's layers again in the
     backward, and frozen features are computed once."""
-    for options, tower, decoder in ((dict(gradient_checkpointing=True), 7 + 3, 1 + 3 + 6), (dict(), 7, 7),
-                                    (dict(freeze_vision=True), 1, 7)):
+    for options, tower, decoder, of_sft in (
+            (dict(gradient_checkpointing=True), 7 + 3, 1 + 3 + 6, 3 + 3), (dict(), 7, 7, 3),
+            (dict(freeze_vision=True, gradient_checkpointing=True), 1, 1 + 3 + 6, 3)):
         policy, encoder, prompts = load(tiny, **options)
         cfg, calls, prompts = step_config(max_new_tokens=1, **options), [], prompts[:3]
         prompts[2].weight, reference = 0.0, copy.deepcopy(policy).eval()
@@ -828,15 +822,9 @@ def test_a_step_makes_likelier_what_earned_more_and_runs_tower_and_layers_no_mor
         for group in groups[:2]:  # every completion is a token long
             earned = dipr1.total_reward(rewards_by_index()(group, 0), cfg)
             assert ((policy([group])[0] - group.rollout_logp) * (earned - earned.mean())).sum() > 0
-
-
-def test_recomputation_does_not_run_a_frozen_tower_again(tiny):
-    options, runs = dict(freeze_vision=True, gradient_checkpointing=True), []
-    policy, encoder, prompts = load(tiny, **options)
-    policy.model.model.visual.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    cfg = step_config(tokens_per_forward=10_000, **options)
-    dipr1.sft_step(policy, dipr1.make_optimizer(policy), encoder, prompts, cfg, 1e-3)
-    assert len(runs) == 1
+        calls.clear()
+        dipr1.sft_step(policy, optimizer, encoder, prompts, cfg, 1e-3)
+        assert calls.count("tower") == of_sft, "recomputation does not run a frozen tower again"
 
 
 def test_ten_skipped_updates_in_a_row_stop_the_run_and_so_do_metrics_that_cannot_be_written(tmp_path):
@@ -1160,7 +1148,6 @@ def test_training_under_torchrun_writes_metrics_pictures_and_a_checkpoint_to_eva
     assert all(Image.open(tmp_path / f"pictures/step-{n:06d}.png").size[0] > 400 for n in (1, 2))
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoint*")) == ["2", "4"]
     checkpoint = tmp_path / "checkpoint-000004"
-    Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
     assert "tree" not in (checkpoint / "config.json").read_text(), "others know no tree attention"
     assert all(torch.load(checkpoint / f"optimizer-{n}.pt", weights_only=True)["masters"] for n in (0, 1))
     flags = ["--eval", "--model", checkpoint, "--data", tiny[1], "--max_new_tokens", 12, "--samples", 2]
@@ -1186,7 +1173,7 @@ def test_the_demo_end_to_end_in_small(tmp_path, launcher):
     shown = run(*launcher, tmp_path / "small.py", "--demo", "--output_dir", tmp_path, "--seed", 3,
                 "--sft_steps", 3, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2, "--picture_every",
                 1, "--max_new_tokens", 16)
-    assert shown.count("scenes are drawn") == 3 and shown.count("held-out images") == 1
+    assert shown.count("scenes are drawn") == 3 and shown.count("images evaluated") == 1
     assert "Traceback" not in shown and "UserWarning" not in shown
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seed"] == 3 and summary["seconds"] > 0
@@ -1290,13 +1277,11 @@ def assert_same_run(folder, finished):
 
 
 @pytest.mark.parametrize("done, torchrun", [(1, False), (2, False), (4, True)])  # warm-up, its end, GRPO
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_interrupted(
-        taught, finished, tmp_path, monkeypatch, done, torchrun):
+def test_a_resumed_run_ends_bit_for_bit_as_one_never_interrupted(taught, finished, tmp_path, done, torchrun):
     """Nor does it matter whether torchrun started the one process."""
-    environment = dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=29_777)
-    for name, value in environment.items() if torchrun else ():
-        monkeypatch.setenv(name, str(value))
-    main(*training(taught, until(done, finished, tmp_path / "run"), "--resume"))
+    environment = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29777")
+    with mock.patch.dict(os.environ, environment if torchrun else {}):
+        main(*training(taught, until(done, finished, tmp_path / "run"), "--resume"))
     assert_same_run(tmp_path / "run", finished)
 
 
@@ -1442,9 +1427,6 @@ ODGT, WIDER18, WIDER19, COCO = ("annotation_val.odgt", "val_annotations.txt", "A
                                 "annotations/instances_val2017.json")
 GREY = np.array([[0.0, 0.5, 1.0]])
 INK = Image.fromarray(np.array([[[0, 0, 0, 255], [0, 0, 0, 0]]], np.uint8))  # on a transparent ground
-SIX_AS_TEXT = b"II*\0\x08\0\0\0" + struct.pack("<HHHI4s", 1, 0x0112, 2, 2, b"6\0\0\0") + bytes(4)
-BOMB = b"IHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)  # a header that claims 30 GB
-BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + BOMB + struct.pack(">I", zlib.crc32(BOMB))
 
 
 def make_images(paths, size=IMAGE):
@@ -1465,7 +1447,7 @@ def convert(command, root, *more, out=None):
 def test_images_are_upright_odd_orientations_do_no_harm_and_headers_give_the_size(tmp_path, kind):
     path, corner = tmp_path / f"a.{kind}", np.zeros((80, 100, 3), np.uint8)
     corner[:40, :50] = 255  # white in the top left, when upright
-    for value in [None, *range(10), 65000] + [b"II*\0\xff\xff", SIX_AS_TEXT] * (kind != "tiff"):
+    for value in [None, *range(10), 65000] + [b"II*\0\xff\xff"] * (kind != "tiff"):
         undo, exif = {6: 8, 8: 6}.get(value, value), Image.Exif()  # the orientation that undoes this one
         stored = Image.fromarray(corner)
         stored.getexif()[0x0112] = undo
@@ -1496,9 +1478,11 @@ def test_every_depth_and_transparency_becomes_8_bit_rgb(tmp_path, name, image, e
 def test_what_cannot_be_opened_is_an_oserror_with_a_reason(tmp_path):
     make_images([tmp_path / "whole.jpg"])
     whole, path = (tmp_path / "whole.jpg").read_bytes(), tmp_path / "a"
-    for content in (whole[:-100], b"\x89PNG\r\n\x1a\n" + bytes(40), b"hello", b"", BOMB):
+    for content in (whole[:-100], b"\x89PNG\r\n\x1a\n" + bytes(40), b"hello", b""):
         with pytest.raises(OSError, match=r"\w+ \w+"):
             data_prep.open_image(write(path, content))
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 100), pytest.raises(OSError, match="exceeds limit"):
+        data_prep.open_image(tmp_path / "whole.jpg")  # a header may claim 30 GB
     for name, said in {"gone.png": "^No such file or directory$", "": "^Is a directory$"}.items():
         with pytest.raises(OSError, match=said):
             data_prep.open_image(tmp_path / name)
@@ -1528,10 +1512,6 @@ def test_scenes_repeat_from_their_seed_and_are_what_they_say(tmp_path):
             data_prep.check_rows("boxes", people, 4, 112, 112)
             assert all(data_prep.iou(a, b) < overlap for k, a in enumerate(people) for b in people[:k])
     assert 0 < sum(len(record["ignore"]) for record in records["dense"]) < 30  # the hidden, and no others
-    assert sum(len(r["boxes"]) for r in records["dense"]) > 1.7 * sum(len(r["boxes"]) for r in records["a"])
-    pairs = [itertools.combinations(record["boxes"], 2) for record in records["a"]]
-    occluded = [any(data_prep.iou(a, b) > 0.05 for a, b in boxes) for boxes in pairs]
-    assert sum(occluded) > 10, "a crowd in which no one is occluded teaches nothing"
     solid = np.array(data_prep.draw_person(np.random.default_rng(0), 60).getchannel("A")) > 127
     assert solid[0].any() and solid[-1].any() and solid[:, 0].any() and solid[:, -1].any(), "a tight box"
 
@@ -1542,7 +1522,6 @@ def test_the_tiny_tokenizer_has_a_token_for_each_sentence():
     assert len(tokenizer.encode("Find every cat here.")) == 1 + 3 + 1
     assert len(tokenizer.encode("[[1, 2, 3, 20]]")) == 6
     assert len(tokenizer.encode("<think>3 in sight, 2 to look at</think>")) == 6  # as dipr1.py writes targets
-    assert tokenizer.decode(tokenizer.encode("naïve 人")) == "naïve 人"
 
 
 def crowdhuman_layout(root, entries):
@@ -1560,11 +1539,9 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
               person([50, 0, 9, 9], "mask"), person([0, 0, 9, 9], ignore=1),
               {"tag": "person", "fbox": [1, 2, 3, 4]}]
     root = crowdhuman_layout(tmp_path / "ch", {"1,a": people, "2,b": [person([0, 0, 5, 5])] * 41, "3,c": [],
-                                               "cut": [], "gone": [], "bomb": []})
-    whole = (root / "Images/1,a.jpg").read_bytes()
-    for name, content in {"cut": whole[:-20], "gone": None, "bomb": BOMB}.items():
-        (root / f"Images/{name}.jpg").unlink()
-        content and write(root / f"Images/{name}.jpg", content)
+                                               "cut": [], "gone": []})
+    write(root / "Images/cut.jpg", (root / "Images/1,a.jpg").read_bytes()[:-20])
+    (root / "Images/gone.jpg").unlink()
     first, empty = convert("crowdhuman --split train --draw 1", root)
     # The second is clipped, the one of negative width dropped; a person without the optional keys counts.
     assert first == {"image": "ch/Images/1,a.jpg", "width": 100, "height": 80, "target": "person",
@@ -1573,15 +1550,15 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
     assert empty["boxes"] == [] and (tmp_path / "out-0.png").exists()
     said = capsys.readouterr()
     for part in ("2 lines", "3  boxes", "2  ignore", "median 1.5, max 3", "1  left out: boxes without area",
-                 "1  left out: images with more than 40 boxes", "3  left out: unreadable"):
+                 "1  left out: images with more than 40 boxes", "2  left out: unreadable"):
         assert part in said.out, said.out
-    assert all(f"{name}.jpg: " in said.err for name in ("cut", "gone", "bomb"))
+    assert all(f"{name}.jpg: " in said.err for name in ("cut", "gone"))
     assert len(convert("crowdhuman --split train --max_boxes 41", root)) == 3
     assert len(convert("crowdhuman --split train --no_verify", root)) == 3  # a header does not show the cut
     (root / "annotation_train.odgt").rename(root / "annotation_val.odgt")  # only training has a limit unasked
     assert [len(r["boxes"]) for r in convert("crowdhuman --split val", root)] == [3, 41, 0]
     refused("out.jsonl", convert, "crowdhuman --split val", root, out=root / "annotation_val.odgt/out.jsonl")
-    refused("--out .* is a folder", convert, "crowdhuman --split val", root, out=root)
+    refused("--out .* is a folder", convert, "crowdhuman --split val", root, out=tmp_path)
     write(root / "annotation_val.odgt", {"ID": "cut", "gtboxes": []})
     refused("cut.jpg: .*truncated", convert, "crowdhuman --split val --no_verify --draw 4", root)
     (tmp_path / "far/away").mkdir(parents=True)
@@ -1734,13 +1711,9 @@ def test_images_are_found_by_all_that_their_name_says(tmp_path, capsys):
     refused("bare.jpg may be", convert, "coco --split val", root)
 
 
-def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monkeypatch, capsys):
-    class Rude:
-        def __reduce__(self):
-            return os.system, ("touch pwned",)
+def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, capsys):
     def reference(ann, split, *phrases):
         return {"ann_id": ann, "image_id": 7, "split": split, "sentences": [{"sent": x} for x in phrases]}
-    monkeypatch.chdir(tmp_path)
     root, refs = tmp_path / "r", tmp_path / "r/refs(unc).p"
     make_images([root / "train2014/7.jpg"])
     write(root / "instances.json", {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [
@@ -1758,11 +1731,11 @@ def test_refcoco_gives_a_line_for_each_phrase_and_runs_no_pickle(tmp_path, monke
     refused("needs --split", convert, "refcoco", refs)
     refused("a file to read", convert, "refcoco --split testA", refs, out=refs)
     names = "refs.unc..p: UnpicklingError: it names"
-    for content, said in [(pickle.dumps(rude), names) for rude in (Rude(), [Path("x")], np.zeros(2))] + [
-            (pickle.dumps(phrases)[:-9], "refs.unc..p: ")]:
+    for content, said in ((pickle.dumps(os.system), names), (pickle.dumps([Path("x")]), names),
+                          (pickle.dumps(phrases)[:-9], "refs.unc..p: ")):
         write(refs, content)
         refused(said, convert, "refcoco --split train", refs, out=tmp_path / "none")
-    assert not (tmp_path / "pwned").exists() and not (tmp_path / "none").exists()
+    assert not (tmp_path / "none").exists()
 
 
 PEOPLE = {"images": [{"id": 1}], "categories": [{"id": 7, "name": "person"}], "annotations": []}
@@ -1801,7 +1774,6 @@ def test_lists_of_questions_are_read(tmp_path, command, entry, fields, as_lines)
 @pytest.mark.parametrize("command, file, content, said", [
     ("crowdhuman", ODGT, '{"ID": "1", "gtboxes": []}\n{"ID": "2"}\n', "odgt, line 2: no 'gtboxes'"),
     ("crowdhuman", ODGT, "\n", "nothing converted"), ("crowdhuman", "else", "", "there for annotation_val"),
-    ("crowdhuman", ODGT, {"ID": "1", "gtboxes": [person([1, 2, 3])]}, "line 1: box.* is not 4 numbers"),
     ("widerpedestrian", WIDER18, "img1.jpg 1 2 3 4 5\nimg2.jpg 1 2 3 4\n", "line 2.*4 numbers"),
     ("widerpedestrian", WIDER18, "img1.jpg 7 2 3 4 5", "line 1.*class"),
     ("widerpedestrian", WIDER19, "cat.jpg 1 2 3 4", "line 1.*cat.jpg"),
@@ -1814,7 +1786,7 @@ def test_lists_of_questions_are_read(tmp_path, command, entry, fields, as_lines)
     *[("refcoco", "list", ENTRY | changes, said) for changes, said in [
         ({"solution": [1, 2, 3]}, "line 1: .*not 4"), ({"solution": "none"}, "line 1: one box is expected"),
         ({"problem": None}, "1: no 'conversations'"), ({"problem": "<image>"}, "line 1: a text is expected"),
-        ({"image": ["a", "b"]}, "line 1: a text is expected"),
+        ({"problem": "\ud83d"}, "1: .*surrogates"), ({"image": ["a", "b"]}, "line 1: a text is expected"),
         ({"solution": [9, 250, 40, 750]}, "a.jpg: .*outside.*--scale N"),
         ({"solution": [9, 9, 4, 20]}, "nothing converted.*1 left out: faulty")]],
     ("refcoco --scale 1000", "list", ENTRY | {"solution": [9, 9, 1300, 20]}, "1 left out: faulty"),
@@ -1822,16 +1794,13 @@ def test_lists_of_questions_are_read(tmp_path, command, entry, fields, as_lines)
         ({"count": 3}, "line 1: count is 3, but there are 2 points"), ({"count": None}, "count is None"),
         ({"points": {"x": [1], "y": []}}, "line 1: zip"), ({"points": [{"x": 1, "y": None}] * 2}, "not 2"),
         ({"points": [{"x": 200, "y": 1}] * 2}, "nothing converted.*1 left out: faulty")]],
-    ("pixmo_count --image_folder .", "list", URL, "nothing converted.*1 left out: unreadable"),
+    ("pixmo_count --image_folder nowhere", "list", URL, "nothing converted.*1 left out: unreadable"),
     ("pixmo_count", "list", URL, "1: .*image_folder"), ("refcoco --split val", "list", ENTRY, "one split"),
     ("ocr", "list", [{"image": "a.jpg", "conversations": TURNS[:1]}], "list, entry 1: "),
-    ("refcoco", "list", ENTRY | {"problem": "\ud83d"}, "line 1: .*surrogates"),
 ])
-def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(
-        tmp_path, monkeypatch, command, file, content, said):
+def test_what_is_malformed_is_said_with_its_place_and_no_file_is_left(tmp_path, command, file, content, said):
     root, is_list = tmp_path / "root", file == "list"
     make_images([root / "a.jpg", root / "Images/a.jpg", root / "leftImg8bit/val/a.jpg"])
-    monkeypatch.chdir(root)
     path, command = write(root / file, content), command + " --split val" * (not is_list)
     refused(said, convert, command, path if is_list else root, out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
@@ -1901,11 +1870,12 @@ def test_real_files_convert_to_the_right_counts(tmp_path, command, file, source,
 # python test_dipr1.py: the naive way of the tests and ours, timed side by side; --compare N: SFT,
 # Perception-R1 and DIP-R1 from one start, on the same scenes, for the same time
 
-SFT_RATES = 2.5e-5, 5e-5, 1e-4  # SFT has the best of them, found on seed 0
+SFT_RATES = 1.25e-5, 2.5e-5, 5e-5  # SFT has the best of them, found on seed 0
 WAYS = {  # what goes on from the start, beside SFT; Perception-R1's steps are shorter, so it takes more
-    "Perception-R1": dict(method="perception-r1", steps=516), "DIP-R1 without look": dict(look_weight=0.0),
-    "DIP-R1, plain sum": dict(look_credit="completion"), "DIP-R1": dict()}
-CURVES, POINTS = {"SFT": "#d1495b", "DIP-R1": "#00798c"}, 6  # the colour of each; checkpoints of a way
+    "Perception-R1": dict(method="perception-r1", steps=450), "DIP-R1 without look": dict(look_weight=0.0),
+    "DIP-R1": dict()}
+TRIED = {"DIP-R1, plain sum": dict(look_credit="completion")}  # on seed 0 alone, as the other rates of SFT
+CURVES, MOMENTS = {"SFT": "#d1495b", "DIP-R1": "#00798c"}, 6  # the colour of each; checkpoints of a way
 SHAPES = {  # of tower and decoder; are the embeddings tied?; the image's patches; tokens of a completion
     "small": ((6, 256, 512, 4, 512), (16384, 512, 1536, 4, 8, [8, 12, 12]), False, (32, 32), [128]),
     "3b": ((32, 1280, 3420, 16, 2048), (151936, 2048, 11008, 36, 16, [16, 24, 24]), True, (64, 80),
@@ -1933,9 +1903,10 @@ def compare_once(seed, folder, rates, **options):
     cfg = Config(**{**dipr1.DEMO, **always, **options})
     start = dipr1.pretrained(cfg)
     cfg = dataclasses.replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
-    sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // POINTS, sft_lr=rate)
+    sft = {f"SFT, lr {rate:g}": dict(steps=0, save_every=cfg.sft_steps // MOMENTS, sft_lr=rate)
            for rate in rates}
-    grpo = {name: dict(sft_steps=0, save_every=cfg.steps // POINTS, **way) for name, way in WAYS.items()}
+    ways = WAYS | (TRIED if seed == 0 else {})
+    grpo = {name: dict(sft_steps=0, save_every=cfg.steps // MOMENTS, **way) for name, way in ways.items()}
     runs = {"start": start, "start, answer alone": dataclasses.replace(start, method="perception-r1")}
     runs |= {name: dipr1.trained(cfg, name, **changes) for name, changes in (sft | grpo).items()}
     figures = {name: dipr1.evaluated(run, folder) for name, run in runs.items()}
@@ -1962,16 +1933,16 @@ def compare(seeds, folder, **options):
             draw_curves(runs, folder / "curves.svg")
     mean = lambda values: f"{np.mean(values):.3f} +- {np.std(values, ddof=len(values) > 1):.3f}"
     names = ["start", "SFT", "SFT, best moment", "start, answer alone", *WAYS]
-    print0 = dipr1.print0
-    print0(f"\n{seeds} seeds, held-out images; SFT's rate: {rates[0]:g}")
-    print0(f"{'':<32}" + "".join(f"{name:>21}" for name in names))
-    for crowd in dipr1.SCENES:
-        for figure in dipr1.SHOWN:
-            values = [[run["figures"][name][crowd].get(figure, np.nan) for run in runs] for name in names]
-            cells = map(mean, values)
-            print0(f"{crowd + ': ' + figure:<32}" + "".join(f"{cell:>21}" for cell in cells))
+    dipr1.print0(f"\n{seeds} seeds, held-out images; SFT's rate: {rates[0]:g}")
+    dipr1.print0(f"{'':<32}" + "".join(f"{name:>21}" for name in names))
+    for crowd, figure in itertools.product(dipr1.SCENES, dipr1.SHOWN):
+        values = [[run["figures"][name][crowd].get(figure, np.nan) for run in runs] for name in names]
+        dipr1.print0(f"{crowd + ': ' + figure:<32}" + "".join(f"{mean(value):>21}" for value in values))
+    for name in [name for name in runs[0]["figures"] if name not in names]:
+        dipr1.print0(f"seed 0, {name}: dense F1 {runs[0]['figures'][name]['dense']['f1']:.3f}")
     for name in runs[0]["minutes"]:
-        print0(f"minutes of {name}: {mean([run['minutes'][name] for run in runs if name in run['minutes']])}")
+        minutes = [run["minutes"][name] for run in runs if name in run["minutes"]]
+        dipr1.print0(f"minutes of {name}: {mean(minutes)}")
 
 
 def draw_curves(runs, path, width=420, height=280):
@@ -2010,19 +1981,17 @@ def test_the_comparison_starts_all_from_the_same_weights_and_goes_on_where_it_wa
                  samples=2)
     ways = {name: way | {"steps": 2} for name, way in WAYS.items()}
     scenes = {"sparse": (6, 2), "dense": (6, 2), "night": (0, 2)}
-    pretraining = dict(sft_steps=2, steps=0)
-    with replaced(SCENES=scenes, PRETRAINING=pretraining, grpo_step=watched), mock.patch.dict(
-            WAYS, ways), mock.patch.dict(globals(), POINTS=2):
+    with replaced(SCENES=scenes, PRETRAINING=dict(sft_steps=2, steps=0), grpo_step=watched), mock.patch.dict(
+            WAYS, ways), mock.patch.dict(globals(), MOMENTS=2):
         for seeds in (1, 2):
             compare(seeds, tmp_path, **small)
     runs = json.loads((tmp_path / "compare.json").read_text())
     assert len(runs) == 2 and {"start", "SFT", "SFT, best moment", *WAYS} < set(runs[0]["figures"])
-    assert all(set(figures) == set(scenes) for run in runs for figures in run["figures"].values())
     assert [len(rows) for run in runs for rows in run["curves"].values()] == 4 * [1 + 2]
-    assert len(runs[0]["minutes"]) == len(runs[1]["minutes"]) + len(SFT_RATES) - 1
+    assert len(runs[0]["minutes"]) == len(runs[1]["minutes"]) + len(SFT_RATES) - 1 + len(TRIED)
     best = max((row[1]["dense"]["f1"] for row in runs[0]["curves"]["SFT"][1:]))
     assert runs[0]["figures"]["SFT, best moment"]["dense"]["f1"] == best
-    assert len(starts) == 2 * 4 * 2, "two steps, four ways, two seeds: what is done is not done again"
+    assert len(starts) == 2 * (4 + 3), "two steps, four ways and three: what is done is not done again"
     assert all(torch.equal(starts[0], starts[k]) for k in (2, 4, 6)) and not torch.equal(starts[0], starts[8])
     assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2 * 2 * 2  # crowds, ways, seeds
 
@@ -2105,7 +2074,7 @@ def added_memory(policy, group, score):
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e6
 
 
-def benchmark(shapes, G, new_tokens, repeats):
+def benchmark(shapes, new_tokens, G=8, repeats=5):
     """Measure both ways, turn by turn, and print the table: medians, and naive over ours."""
     policy, prompt = random_policy(shapes, "cuda" if torch.cuda.is_available() else "cpu")
     reference, measured = copy.deepcopy(policy).eval().requires_grad_(False), {"sdpa": [], "tree": []}
@@ -2118,9 +2087,9 @@ def benchmark(shapes, G, new_tokens, repeats):
             measured[attention].append([*seconds, added_memory(policy, group, way[1])])
     millions = sum(p.numel() for p in policy.parameters()) / 1e6
     print(f"\n{millions:.0f}M parameters, prompt {len(prompt.ids)} tokens, G = {G}, {new_tokens} new tokens: "
-          + (f"medians of {repeats}" if repeats else "measured once"))
+          f"medians of {repeats}")
     print(f"{'':<28}{'naive':>10}{'ours':>10}{'ratio':>8}")
-    medians = [np.median(turns[1:] or turns, axis=0) for turns in measured.values()]  # one warms up
+    medians = [np.median(turns[1:], axis=0) for turns in measured.values()]  # the first warms up
     for name, a, b in zip(("rollout", "scoring", "whole step", "added memory, MB"), *medians):
         print(f"{name:<28}{a:>10.{3 if a < 1000 else 0}f}{b:>10.{3 if a < 1000 else 0}f}{a / b:>8.1f}")
 
@@ -2128,21 +2097,15 @@ def benchmark(shapes, G, new_tokens, repeats):
 def run_script():
     parser = argparse.ArgumentParser(description="Time the naive way and ours, or compare the methods.")
     parser.add_argument("--shapes", choices=SHAPES, default="small", help="3b wants a GPU of 80 GB")
-    parser.add_argument("--repeats", type=int, default=5,
-                        help="medians of so many, after one that warms up (default 5; 0: that one)")
-    parser.add_argument("--group_size", type=int, default=8, help="completions of the prompt (default 8)")
-    parser.add_argument("--new_tokens", type=int, nargs="*", help="length of a completion, or several")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--compare", type=int, metavar="N",
                         help="instead, compare the methods on N seeds; torchrun --nproc_per_node 2 is faster")
-    parser.add_argument("--output_dir", type=Path, default="runs/compare", help="of --compare")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.compare:
         dipr1.join_processes(Config(demo=True))
-        return compare(args.compare, args.output_dir)
-    for new_tokens in args.new_tokens or SHAPES[args.shapes][-1]:
-        benchmark(args.shapes, args.group_size, new_tokens, args.repeats)
+        return compare(args.compare, Path("runs/compare"))
+    for new_tokens in SHAPES[args.shapes][-1]:
+        benchmark(args.shapes, new_tokens)
 
 
 if __name__ == "__main__":
