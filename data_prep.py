@@ -788,9 +788,9 @@ def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = F
     """Write the JSONL `out`, which refers to the images, and say what became of each annotation.
 
     An image with more than `max_boxes` (40 for train, else no limit) is left out whole: with some of its
-    boxes cut, right answers would be punished. For that reason a box outside its image, too, leaves out the
-    image; a malformed line ends the conversion (in COCO's form it leaves out its image). Images are decoded,
-    unless `no_verify`: headers only. `draw` N saves N of them with their boxes.
+    boxes cut, right answers would be punished. For that reason a faulty annotation, too, leaves out its
+    image; but a malformed line of another form than COCO's ends the conversion. Images are decoded, unless
+    `no_verify`: headers only. `draw` N saves N of them with their boxes.
     """
     counts, crowds, folder = Counter(), [], out.parent.resolve()  # links would mislead ".." in a path
     with written_whole(out) as file:
