@@ -889,7 +889,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     at the end, and are dropped once they make up half of the batch.
     """
     policy.eval()
-    torch.cuda.empty_cache()  # without a GPU nothing; else the memory of the last rollout's CUDA graphs
+    torch.cuda.empty_cache()  # gives back the memory of the last rollout's CUDA graphs
     device, G = policy.model.device, uniforms.shape[1]
     uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
     logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
@@ -1319,7 +1319,7 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
                 if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
                     shutil.rmtree(old)
     except torch.OutOfMemoryError:
-        raise  # and no matter of the disk
+        raise  # `main` reports it: no disk is full
     except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch.save, of a full disk
         raise SystemExit(f"{final} could not be written: {error}. If the disk is full, make room; "
                          "then --resume") from None
@@ -1897,7 +1897,8 @@ def main(argv=None):
     cfg = parse_flags(sys.argv[1:] if argv is None else argv)
     logging.disable_progress_bar()
     join_processes(cfg)  # until then every process believes that it is rank 0
-    if over_ranks([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], "MAX")[0]:  # a rank had died
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun, after a rank died
+    if over_ranks([restarts], "MAX")[0]:
         cfg = replace(cfg, resume=True)
     try:
         (run_demo if cfg.demo else run_evaluation if cfg.eval or cfg.predictions else train)(cfg)

@@ -2098,7 +2098,8 @@ def run_script():
     parser = argparse.ArgumentParser(description="Time the naive way and ours, or compare the methods.")
     parser.add_argument("--shapes", choices=SHAPES, default="small", help="3b wants a GPU of 80 GB")
     parser.add_argument("--compare", type=int, metavar="N",
-                        help="instead, compare the methods on N seeds; torchrun --nproc_per_node 2 is faster")
+                        help="instead, compare the methods on N seeds, in runs/compare; if interrupted it "
+                             "goes on; torchrun --nproc_per_node 2 is faster")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compare:
