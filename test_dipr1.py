@@ -1279,7 +1279,7 @@ def assert_same_run(folder, finished):
 @pytest.mark.parametrize("done, torchrun", [(1, False), (2, False), (4, True)])  # warm-up, its end, GRPO
 def test_a_resumed_run_ends_bit_for_bit_as_one_never_interrupted(taught, finished, tmp_path, done, torchrun):
     """Nor does it matter whether torchrun started the one process."""
-    environment = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29777")
+    environment = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     with mock.patch.dict(os.environ, environment if torchrun else {}):
         main(*training(taught, until(done, finished, tmp_path / "run"), "--resume"))
     assert_same_run(tmp_path / "run", finished)
@@ -1931,7 +1931,8 @@ def compare(seeds, folder, **options):
         if dipr1.rank_and_world()[0] == 0:
             (folder / "compare.json").write_text(json.dumps(runs, indent=2))
             draw_curves(runs, folder / "curves.svg")
-    mean = lambda values: f"{np.mean(values):.3f} +- {np.std(values, ddof=len(values) > 1):.3f}"
+    spread = lambda values: np.std(values, ddof=1) if len(values) > 1 else 0.0
+    mean = lambda values: f"{np.mean(values):.3f} +- {spread(values):.3f}"
     names = ["start", "SFT", "SFT, best moment", "start, answer alone", *WAYS]
     dipr1.print0(f"\n{seeds} seeds, held-out images; SFT's rate: {rates[0]:g}")
     dipr1.print0(f"{'':<32}" + "".join(f"{name:>21}" for name in names))
