@@ -113,7 +113,7 @@ def as_text(value):
     """A non-empty string, without surrounding space; ValueError for everything else."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"a text is expected, not {value!r:.40}")
-    value.encode()  # ValueError for half a surrogate pair, which no tokenizer can write
+    value.encode()  # ValueError for half a surrogate pair, which no tokenizer can encode
     return value.strip()
 
 
@@ -162,7 +162,7 @@ def check_size(size):
 
 @contextlib.contextmanager
 def opened(path):
-    """Pillow's image, not decoded yet. OSError says plainly why it, or what is done with it, fails."""
+    """Pillow's image, not decoded yet. OSError says why opening it, or using it, fails."""
     try:
         with Image.open(path) as image:
             check_size(image.size)
@@ -197,18 +197,18 @@ def image_size(path, no_verify=False):
             orientation = None
             with contextlib.suppress(Exception):  # damaged EXIF; PNG's own getexif would decode the image
                 orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+            on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size is upright
             return image.size[::-1] if on_its_side else image.size
     except OSError as error:
         return error
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Synthetic crowds: people who occlude each other, before a textured street
+# Synthetic crowds: people who occlude each other, in front of a textured street
 
 OPAQUE = [255 * (alpha > 127) for alpha in range(256)]  # pixels of a figure are those mostly opaque
-VIVID, GREYISH, NIGHT = (0.6, 1.0), (0.0, 0.3), (10, 12, 26)  # saturations of clothes; what darkness fades to
-CROWDS = {  # how many people are tried, some find no place; the largest IoU of two; light: 1 is day
+VIVID, GREYISH, NIGHT = (0.6, 1.0), (0.0, 0.3), (10, 12, 26)  # saturations of clothes; the colour of darkness
+CROWDS = {  # how many people are tried (some find no place), their size, the largest IoU; light 1 is day
     "sparse": dict(people=(2, 5), scale=1.0, overlap=0.4, saturation=VIVID, light=1.0),
     "dense": dict(people=(5, 8), scale=0.8, overlap=0.5, saturation=VIVID, light=1.0),
     "night": dict(people=(3, 6), scale=0.9, overlap=0.45, saturation=GREYISH, light=0.6)}
@@ -261,7 +261,7 @@ def draw_street(rng, size):
     for x in range(int(rng.integers(0, 12)), size, int(rng.integers(14, 26))):
         pen.rectangle([x, 0.25 * horizon, x + 7, 0.6 * horizon], fill=window)
     pen.rectangle([0, horizon, size, size], fill=muted(rng, 130, 215))
-    for y in np.geomspace(max(horizon, 1), size, 5)[1:-1]:
+    for y in np.geomspace(horizon, size, 5)[1:-1]:
         pen.line([0, y, size, y], fill=muted(rng, 90, 160))
     blotches = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8), dtype=np.uint8))
     street = Image.blend(street, blotches.resize(street.size).convert("RGB"), 0.2)
@@ -411,7 +411,7 @@ def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Readers: a function per source, which yields (image path, fields of its line)
+# Readers: a function per source yields (image path, fields of its line); its parameters become options
 
 
 def corners(row):
@@ -517,7 +517,7 @@ def citypersons(root: Path, split: ("train", "val"), target: str = "pedestrian")
             yield images / city.item() / name.item(), detection(target, people)
 
 
-def wider_line(line, width=None):
+def wider_line(line, columns=None):
     """`imgNNNNN.jpg (c x y w h)*` of 2018 or `surNNNNN.jpg (x y w h)*` of 2019 -> (name, boxes).
 
     Twenty numbers may be four boxes or five: the name's prefix decides. A bare name is an empty image.
@@ -526,11 +526,11 @@ def wider_line(line, width=None):
     prefix = re.match("img|sur|ad", name)
     if prefix is None:
         raise ValueError(f"{name!r} is an image neither of 2018 (img...) nor of 2019 (sur..., ad...)")
-    width = width or (5 if prefix[0] == "img" else 4)
-    if len(numbers) % width:
-        raise ValueError(f"{len(numbers)} numbers after {name}, where every box has {width}")
-    rows = np.reshape([float(number) for number in numbers], (-1, width)).tolist()
-    if width == 5 and any(row[0] not in (1, 2) for row in rows):
+    columns = columns or (5 if prefix[0] == "img" else 4)
+    if len(numbers) % columns:
+        raise ValueError(f"{len(numbers)} numbers after {name}, where every box has {columns}")
+    rows = np.reshape([float(number) for number in numbers], (-1, columns)).tolist()
+    if columns == 5 and any(row[0] not in (1, 2) for row in rows):
         raise ValueError("a class that is neither 1 (pedestrian) nor 2 (cyclist)")
     return name, [corners(row[-4:]) for row in rows]
 
@@ -538,11 +538,11 @@ def wider_line(line, width=None):
 def widerpedestrian(root: Path, split: ("train", "val"), target: str = "person"):
     """`<split>_annotations.txt` of 2018 or `Annotations/<split>_bbox.txt` of 2019, images anywhere below.
 
-    Pedestrians and cyclists are merged. Files `*<split>*ignore*.txt` beside it hold the ignore regions.
+    Pedestrians and cyclists are merged. A split's files beside it, named `*ignore*`, hold its ignore regions.
     """
     path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
     beside = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
-    ignore = boxes_by_key(beside, functools.partial(wider_line, width=4))
+    ignore = boxes_by_key(beside, functools.partial(wider_line, columns=4))
     locate = image_finder(root, split)
     for name, boxes in boxes_by_key([path], wider_line).items():
         yield locate(name), {"target": target, "boxes": boxes, "ignore": ignore[name]}
@@ -590,7 +590,7 @@ def coco(root: Path, split: ("train", "val", "test"), target: str = None, catego
 
     The targets are one `category`, or "all" of them with a label for each box. `iscrowd` and `ignore` mark
     ignore regions. Images without a box stay in. Folders of another split are not searched: for a val file
-    whose images lie in a folder `train`, that folder is `root`.
+    whose images lie in a folder `train`, name that folder as ROOT.
     """
     path = annotations or find(root, f"annotations/instances_{split}2017.json")
     with reading(path):
@@ -723,13 +723,13 @@ def pixmo_count(root: Path, image_folder: Path = None):
     """
     for place, entry in json_entries(root):
         with reading(root, place):
-            points, count = entry.get("points") or [], entry["count"]
+            points, number = entry.get("points") or [], entry["count"]
             if isinstance(points, dict):  # a pair of lists, as published
                 points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=True)]
-            check_count(count, points or None)
+            check_count(number, points or None)
             points = check_rows("points", [[point["x"], point["y"]] for point in points], 2).tolist()
             # Of val and test only the count is published.
-            truth = {"count": count} if count and not points else {"points": points}
+            truth = {"count": number} if number and not points else {"points": points}
             fields = {"task": "counting", "target": as_text(entry["label"]), **truth}
             yield image_of(entry, root, image_folder), fields
 
@@ -766,13 +766,13 @@ def fitted(fields, size):
     if isinstance(size, OSError):
         raise size
     fields = dict(fields)
-    annotated, scale = fields.pop("size", size), fields.pop("scale", None)
-    if all(annotated) and annotated != size:
-        raise ValueError("the image has {} x {} pixels, the annotation {!r} x {!r}".format(*size, *annotated))
+    stated, scale = fields.pop("size", size), fields.pop("scale", None)
+    if all(stated) and stated != size:
+        raise ValueError("the image has {} x {} pixels, the annotation {!r} x {!r}".format(*size, *stated))
     if scale:
         fields["boxes"] = (np.multiply(fields["boxes"], size * 2) / scale).tolist()
     for name, labels in (("boxes", "labels"), ("ignore", "ignore_labels")) if "ignore" in fields else ():
-        # Many annotators run beyond the image: cut there. Boxes without area inside it are dropped.
+        # Detection. Many boxes run beyond the image: cut there. Those without area inside are dropped.
         rows = np.reshape(fields[name], (-1, 4)).astype(float).round(4).clip(0, size * 2)
         stays = (rows[:, 2:] > rows[:, :2]).all(axis=1)
         fields[name] = rows[stays].tolist()
@@ -785,11 +785,11 @@ def fitted(fields, size):
 
 
 def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = False, draw: count = 0):
-    """Write the JSONL `out`, which refers to the images, and say what became of each annotation.
+    """Write the JSONL `out`, which refers to the images, and count what is left out.
 
     An image with more than `max_boxes` (40 for train, else no limit) is left out whole: with some of its
     boxes cut, right answers would be punished. For that reason a faulty annotation, too, leaves out its
-    image; but a malformed line of another form than COCO's ends the conversion. Images are decoded, unless
+    image. A line that cannot be read ends the conversion, except in COCO's form. Images are decoded, unless
     `no_verify`: headers only. `draw` N saves N of them with their boxes.
     """
     counts, crowds, folder = Counter(), [], out.parent.resolve()  # links would mislead ".." in a path
@@ -834,8 +834,8 @@ def draw_rows(picture, rows, color, line):
 def draw_records(out, number):
     """Save pictures of records drawn at random: boxes and points orange, ignore regions grey."""
     records = read_jsonl(out, dict) if number else []
-    for number, record in enumerate(random.Random(0).sample(records, min(number, len(records)))):
-        path, orange = out.with_name(f"{out.stem}-{number}.png"), (255, 140, 0)
+    for k, record in enumerate(random.Random(0).sample(records, min(number, len(records)))):
+        path, orange = out.with_name(f"{out.stem}-{k}.png"), (255, 140, 0)
         with reading(out.parent / record["image"]):
             picture = open_image(out.parent / record["image"])
         for name, color in ("ignore", (150, 150, 150)), ("boxes", orange), ("points", orange):
@@ -882,7 +882,7 @@ def main(argv=None):
         made = function(**own)
         if function in SOURCES:
             read = [value.resolve() for value in own.values() if isinstance(value, Path)]
-            if out.is_dir() or out.resolve() in read:
+            if out.is_dir() or out.resolve() in read or out.exists() and out.suffix != ".jsonl":
                 raise SystemExit(f"--out {out} is a folder or a file to read, and not one to write")
             if own.get("split") == "train" and not args["max_boxes"]:
                 args["max_boxes"] = MAX_BOXES

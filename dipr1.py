@@ -17,7 +17,7 @@ What is unusual here:
   3) The look reward is credited to the tokens that can have earned it (`token_advantages`).
   4) SFT is the same update with one completion, the truth, and advantage 1 (`sft_step`).
 
-The paper's exact equations for the look and the accuracy reward are not public. Where a definition is ours,
+We did not have the paper's exact equations for the look and the accuracy reward. Where a definition is ours,
 the words "our reading" stand beside it. `--method perception-r1` is Perception-R1 (arXiv 2504.07954), the
 baseline to beat: the two differ in what they ask and what they reward, which is one table, TASKS.
 
@@ -65,7 +65,7 @@ from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicC
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import data_prep
 from data_prep import check_count, check_rows, check_size, draw_rows, open_image, read_jsonl, written_whole
@@ -102,9 +102,9 @@ class Config:
     num_iterations: int = flag(1, "updates on each batch of rollouts", 1)
 
     format_weight: float = flag(1.0, "w_f", 0)
-    look_weight: float = flag(0.1, "w_l, our reading; the look is learned fast, more costs precision", 0)
+    look_weight: float = flag(0.1, "w_l, our reading; the look is learned fast, and more costs precision", 0)
     recall_weight: float = flag(0.8, "w, recall's share of accuracy; at 0.5 the policy turns cautious", 0, 1)
-    look_credit: Literal["section", "completion"] = flag("section", "the tokens that earn the look reward")
+    look_credit: Literal["section", "completion"] = flag("section", "tokens up to </look> earn it, or all")
 
     sft_steps: int = flag(0, "supervised steps before GRPO, on the truth written in the template", 0)
     sft_lr: float = flag(1e-5, "peak learning rate of SFT", 0)
@@ -113,10 +113,10 @@ class Config:
     freeze_vision: bool = flag(False, "do not train the vision tower; it then runs once per step")
     gradient_checkpointing: bool = flag(True, "recompute activations: needs a third of the memory")
     tokens_per_forward: int = flag(12_000, "groups share a forward up to this many tokens; more is faster", 1)
-    samples: int = flag(8, "answers sampled per image in evaluation, beside the greedy one", 0)
+    samples: int = flag(8, "answers sampled per image in evaluation, besides the greedy one", 0)
     picture_every: int = flag(20, "GRPO steps between pictures; 0: none", 0)
     save_every: int = flag(100, "steps between checkpoints; 0: only where SFT and GRPO end", 0)
-    keep: int = flag(3, "the newest checkpoints to keep, beside the one that ended SFT; 0: all", 0)
+    keep: int = flag(3, "the newest checkpoints to keep, besides the one that ended SFT; 0: all", 0)
     resume: bool = flag(False, "go on from the newest complete checkpoint in --output_dir, if there is one")
 
 
@@ -128,7 +128,7 @@ CHAT = (  # Qwen2.5-VL's chat template, written out
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
-QUESTION = (  # our reading: the paper's prompt is not public
+QUESTION = (  # our reading: we did not have the paper's prompt
     "Find every {target} in the image, also where one hides behind another. First describe the whole scene "
     "between <think> and </think>. Then list the regions where one is hard to tell from the next between "
     "<look> and </look>. Last list one box for each between <answer> and </answer>. Boxes are a JSON list of "
@@ -404,7 +404,7 @@ class Task:
     truth: str  # the field of a record that holds the truth
     columns: int  # numbers per row of the answer: 4 a box, 2 a point, 0 the answer is text
     figures: Callable  # [(answer, truth, ignore, labels, record)] of all images -> {name: value}
-    reward: Callable  # (prompt, answer, truth, ignore, recall weight) -> [0, 1]
+    reward: Callable  # (prompt, answer, truth, ignore, recall weight) -> [0, 1]; NaN for a bare count
 
 
 TASKS = {  # the figures' functions are defined with the evaluation, further down: hence the lambdas
@@ -445,7 +445,7 @@ def group_rewards(group, recall_weight):
     prompt, task = group.prompt, task_of(group.prompt.record)
 
     def answer_reward(response):
-        if response.answer is None and prompt.truth is not None:  # where only a count is known: NaN
+        if response.answer is None and prompt.truth is not None:  # of a bare count every answer earns NaN
             return 0.0
         triple = response.answer, prompt.truth, prompt.ignore
         if task.columns == 4:
@@ -648,9 +648,9 @@ def weak_look(truth, width, height, seed):
     """The supervised look at boxes (n, 4) -> (k, 4): a weak label, our reading, since nothing is annotated.
 
     A region around each cluster of overlapping boxes, left out with probability 1/4; with probability 1/2 one
-    more anywhere, each side a quarter to half of the image's. So the answer learns to
-    trust the image and not the look. If it copied boxes from the look, or took a region as proof of a crowd,
-    it would invent boxes as soon as GRPO teaches the look to point at doubtful places.
+    more at a random place, each side a quarter to half of the image's; drawn once per image. So the answer
+    learns to trust the image and not the look. If it copied boxes from the look, or took a region as proof of
+    a crowd, it would invent boxes as soon as GRPO teaches the look to point at doubtful places.
     """
     rng = np.random.default_rng(seed)
     look = crowds(truth)
@@ -696,11 +696,11 @@ def pack(groups):
     return Packed(torch.cat(ids), torch.cat(positions, dim=1), sources, lengths)
 
 
-# o = softmax(q k^T / sqrt(D') + M) v,   M = 0 where the key's token is not behind the query's, else -inf
+# o = softmax(q k^T / sqrt(D') + M) v,   M = 0 where the key's token is not later than the query's, else -inf
 def attend(query, key, value):
     """q (1, H, Q, D'), k and v (1, H', K, D') -> (1, Q, H, D'). The queries are those of the last Q of the K
     tokens; heads share keys, H' <= H."""
-    (Q, K), mask = (query.shape[2], key.shape[2]), None
+    Q, K, mask = query.shape[2], key.shape[2], None
     if Q < K:
         mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)
         if query.is_cuda:  # CUDA's fused kernels with a mask do not support shared heads
@@ -809,9 +809,8 @@ def unwrap(policy):
 
 
 def draw_uniforms(seed, step, index, shape):
-    """The random numbers of one prompt at one step, from a generator of its own: sampling is a function of
-    (seed, step, prompt), the same on whichever rank and in whatever batch the prompt comes up (but for
-    rounding)."""
+    """The random numbers of one prompt at one step: a function of (seed, step, prompt), whatever rank and
+    batch the prompt comes up in. (The tokens sampled with them may then differ, but only by rounding.)"""
     return torch.from_numpy(np.random.default_rng([seed, step, index]).random(shape, dtype=np.float32))
 
 
@@ -881,16 +880,16 @@ def decode_step(policy, cache):
 
 
 @torch.no_grad()
-def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
+def rollout(policy, encoder, prompts, uniforms):
     """Complete each prompt G times -> a list of Groups.
 
     `uniforms` (P, G, max_new_tokens) are the random numbers, NaN where the likeliest token is wanted. All
-    rows write their t-th token to the same column of the cache. Rows that have met EOS write on, which is cut
-    at the end, and are dropped once they make up half of the batch.
+    rows write their t-th token to the same column of the cache. A row that has met EOS writes on; what
+    follows its EOS is cut at the end, and such rows are dropped once they make up half of the batch.
     """
     policy.eval()
     torch.cuda.empty_cache()  # gives back the memory of the last rollout's CUDA graphs
-    device, G = policy.model.device, uniforms.shape[1]
+    device, (_, G, max_new_tokens) = policy.model.device, uniforms.shape
     uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
     logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
     first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)  # position of token 0
@@ -899,7 +898,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
     chosen = torch.zeros(len(first), max_new_tokens, device=device)  # log-probabilities of the tokens
     lengths, rows = torch.zeros_like(first), torch.arange(len(first), device=device)
     running = torch.ones_like(rows, dtype=torch.bool)  # which of the rows have no EOS yet
-    decode = None  # made for the rows that there are
+    decode = None  # built in the loop, and anew whenever rows are dropped
     for t in range(max_new_tokens):
         token = inverse_cdf(logprobs, uniforms[rows, t])
         tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
@@ -911,7 +910,7 @@ def rollout(policy, encoder, prompts, max_new_tokens, uniforms):
         if n_running <= len(rows) // 2:
             rows, token, visible, first = (x[running] for x in (rows, token, visible, first))
             cache = [(keys[running], values[running]) for keys, values in cache]
-            running, decode = torch.ones_like(rows, dtype=torch.bool), None  # captured for fixed shapes
+            running, decode = torch.ones_like(rows, dtype=torch.bool), None  # CUDA graphs have fixed shapes
         visible.index_fill_(-1, column, True)
         inputs = token, first + t, column, visible
         if decode is None:
@@ -948,8 +947,8 @@ def forwards(groups, tokens_per_forward):
 def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
     """One optimizer step on the groups' mean loss, gradients averaged over the ranks by DDP -> metrics.
 
-    Every rank runs its backwards, even if all its advantages are 0; only the last one averages gradients. A
-    loss or gradient that is not finite on one rank makes every rank skip the update.
+    Every rank runs all its backwards, since DDP waits for them, even if its advantages are all 0; gradients
+    are averaged in the last one. If a loss or gradient is not finite on any rank, all ranks skip the update.
     """
     policy.train()
     for options in optimizer.param_groups:
@@ -1023,7 +1022,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
         prompts = [replace(prompt, features=seen) for prompt, seen in zip(prompts, features)]
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
-    groups = rollout(unwrap(policy), encoder, prompts, cfg.max_new_tokens, uniforms)
+    groups = rollout(unwrap(policy), encoder, prompts, uniforms)
     rolled_out = time.perf_counter()
 
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
@@ -1048,8 +1047,8 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
 
 
 def device_of(cfg):
-    """Where the model lives: of several GPUs on the current one. The demo stays on the CPU: a model so small
-    is no faster on a GPU, and there its answers are the same everywhere."""
+    """Where the model lives: on the current GPU, if there is one. The demo stays on the CPU, where a seed
+    repeats a run bit for bit."""
     return "cuda" if torch.cuda.is_available() and not cfg.demo else "cpu"
 
 
@@ -1105,7 +1104,7 @@ def make_optimizer(policy):
     """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if rank_and_world()[1] == 1:  # also where torchrun started it: a checkpoint goes from one to the other
+    if rank_and_world()[1] == 1:  # torchrun or not, so that either can resume the other's checkpoint
         return MasterAdamW(trained, **options)
     return ZeroRedundancyOptimizer(  # with bucket views, broadcasts are few and large
         trained, MasterAdamW, parameters_as_bucket_view=True, **options)
@@ -1132,7 +1131,7 @@ def captured(step, *inputs):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step(*places)  # libraries set themselves up on first use, which must not be recorded
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using CUDA
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads, such as NCCL's, go on
             try:
                 logprobs = step(*places)
             finally:
@@ -1187,7 +1186,7 @@ def join_processes(cfg):
         if mine >= gpus:
             raise SystemExit(f"there is no GPU for process {mine + 1}: torchrun --nproc_per_node {gpus}")
         torch.cuda.set_device(mine)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew, half a second, for every shape
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most of ours are new
     if "RANK" in os.environ and not dist.is_initialized():
         patience = timedelta(minutes=30)  # if a rank never arrives, stop
         store, rank, world = next(dist.rendezvous("env://", timeout=patience))
@@ -1225,6 +1224,8 @@ def as_record(line, method):
         check_count(record["count"], record.setdefault("points"))
     if record["task"] == "grounding" and len(record["boxes"]) != 1:
         raise ValueError("a phrase means one box")
+    if "labels" in record and task.columns != 4:
+        raise ValueError(f"labels are of boxes, which the task {record['task']!r} does not ask for")
     return record | {"truth": record[task.truth]}
 
 
@@ -1252,9 +1253,9 @@ def batch_indices(n, batch, seed, step):
 
 
 def read_ahead(encoder, records, plan, tolerated=0.01):
-    """Yield the prompts of each list of indices in `plan`, while the images of the next list are read. In the
-    place of an image that no longer opens stands a grey one of weight 0; SystemExit if this process has lost
-    more than the share `tolerated`."""
+    """Yield the prompts of each list of indices in `plan`, while the images of the next list are read. An
+    image that no longer opens is replaced by a grey one of weight 0; SystemExit if this process has lost more
+    than the share `tolerated`."""
     lost, plan = set(), iter(plan)
 
     def read(index):
@@ -1282,13 +1283,13 @@ def read_ahead(encoder, records, plan, tolerated=0.01):
 
 
 def identity(cfg):
-    """What makes a run: its settings, the number of processes, the content of its data."""
+    """What makes a run: its settings, the number of processes, the content of --data (not of the images)."""
     content = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
     return asdict(cfg) | {"processes": rank_and_world()[1], "data_sha256": content}
 
 
 def save_checkpoint(policy, encoder, optimizer, step, cfg):
-    """Write `checkpoint-<step>` (SFT's steps and GRPO's counted together), beside its place, then renamed.
+    """Write `checkpoint-<step>` (SFT's and GRPO's steps counted together) as a .tmp folder, then rename it.
 
     It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, the run's
     identity and the size of each file, by which a copy that was cut short is recognised. There is no
@@ -1316,7 +1317,7 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
             for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
-                if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
+                if old.name not in (final.name, f"checkpoint-{cfg.sft_steps:06d}"):  # GRPO's reference model
                     shutil.rmtree(old)
     except torch.OutOfMemoryError:
         raise  # `main` reports it: no disk is full
@@ -1327,8 +1328,8 @@ def save_checkpoint(policy, encoder, optimizer, step, cfg):
 
 
 MAY_CHANGE = {  # between a run and its --resume: what does not change the result, and what saves memory
-    "resume", "output_dir", "save_every", "keep", "picture_every", "samples", "eval", "predictions",
-    "gradient_checkpointing", "tokens_per_forward", "max_new_tokens", "max_pixels"}
+    "resume", "output_dir", "save_every", "keep", "picture_every", "samples", "gradient_checkpointing",
+    "tokens_per_forward", "max_new_tokens", "max_pixels"}
 
 
 def complete(folder):
@@ -1390,7 +1391,7 @@ def noting_signals():
 def describe(groups, rewards, encoder, cfg):
     """What a step's rollouts look like: the metrics that need no gradient. The README defines each."""
     completions = [o for group in groups for o in group.completions]
-    answers = [response.answer for group in groups for response in group.responses]
+    n_rows = lambda answer: len(answer) if isinstance(answer, np.ndarray) else 0  # neither text nor None
     total, parts = total_reward(rewards, cfg), rewards.mean(dim=(0, 1)).tolist()
     gaps = [(group.old_logp - group.rollout_logp).abs() for group in groups]
     return {
@@ -1401,8 +1402,8 @@ def describe(groups, rewards, encoder, cfg):
         "sampler_gap": torch.cat(gaps).mean().item(),
         "completion_length": float(np.mean([len(o) for o in completions])),
         "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
-        "boxes": float(np.mean([len(a) if isinstance(a, np.ndarray) else 0 for a in answers])),
-        "truth_boxes": float(np.mean([len(group.prompt.truth) for group in groups])),
+        "boxes": float(np.mean([n_rows(r.answer) for group in groups for r in group.responses])),
+        "truth_boxes": float(np.mean([n_rows(group.prompt.truth) for group in groups])),
         "lost_images": float(sum(group.prompt.weight == 0 for group in groups)),
     }
 
@@ -1432,8 +1433,8 @@ class Log:
         bar.set_postfix({n.removeprefix("reward_"): f"{v:.3g}" for n, v in metrics.items() if n in shown})
         self.skipped = self.skipped + 1 if metrics["skipped"] else 0
         if self.skipped == 10:
-            seen = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-            raise SystemExit(f"{phase} step {step}: ten updates in a row not finite ({seen}). Lower the rate")
+            seen = f"(loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); lower the learning rate"
+            raise SystemExit(f"{phase} step {step}: ten updates in a row not finite {seen}")
 
 
 def draw_picture(group, path, height=448):
@@ -1464,7 +1465,7 @@ def draw_picture(group, path, height=448):
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation: what a detection researcher would ask, in pixels of the original image
 
-EVALUATION = 2**31  # stands where training has its step: evaluation draws numbers that training never sees
+EVALUATION = 2**31  # the "step" in the seed of an evaluation: training never draws these numbers
 
 
 # JI = k / (m + n - k),   k pairs of m predictions and n truths
@@ -1503,7 +1504,7 @@ def average_precision(images, iou_threshold):
             written[label] += 1
             if written[label] > 100:
                 continue
-            if overlap.max(initial=0) >= iou_threshold - 1e-9:  # not a matter of rounding
+            if overlap.max(initial=0) >= iou_threshold - 1e-9:  # so that rounding does not decide
                 overlaps[:, overlap.argmax()] = 0  # this truth is taken
                 hits[label].append(1)
             elif shares.max(initial=0) < iou_threshold:
@@ -1617,9 +1618,9 @@ def predict(policy, encoder, prompts, cfg):
     shape = (1 + cfg.samples, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
     uniforms[:, 0] = float("nan")
-    for group in rollout(policy, encoder, prompts, cfg.max_new_tokens, uniforms):
+    for group in rollout(policy, encoder, prompts, uniforms):
         rewards = group_rewards(group, cfg.recall_weight).tolist()
-        siblings = Group(group.prompt, [], texts=group.texts[1:])
+        siblings = Group(group.prompt, [], texts=group.texts[1:])  # samples are rewarded as in training
         rewards[1:] = group_rewards(siblings, cfg.recall_weight).tolist()
         answers = zip(group.responses, group.texts, rewards)
         first, *rest = [as_prediction(*answer, group.prompt) for answer in answers]
@@ -1672,9 +1673,9 @@ def load_predictions(path, records):
                 answer[task.truth] = str(answer[task.truth])
                 continue
             rows = answer[task.truth] = check_rows(task.truth, answer[task.truth], task.columns)
-            labels = [name for name in answer.get("labels", []) if name is None or isinstance(name, str)]
-            if "labels" in records[free[0]] and len(labels) != len(rows):
-                raise ValueError(f"{len(labels)} labels (texts) for {len(rows)} {task.truth}")
+            good = [name is None or isinstance(name, str) for name in answer.get("labels", [])]
+            if "labels" in records[free[0]] and not sum(good) == len(good) == len(rows):
+                raise ValueError(f"{sum(good)} labels (texts) for {len(rows)} {task.truth}")
         predictions[free[0]] = entry
 
     read_jsonl(path, check)
@@ -1845,8 +1846,8 @@ def evaluated(run, folder, crowds=tuple(SCENES)):
 def run_demo(cfg):
     """`--demo`, the paper's situation in miniature: a model that can see meets a crowd, with few labels.
 
-    From one pretrained start SFT and `--method` train for the same time (of two cores of an AMD EPYC: what is
-    fixed are the steps). All three answer held-out scenes: the sparse ones, which may be forgotten, the dense
+    From one pretrained start SFT and `--method` train for the numbers of steps that take the same time on two
+    cores of an AMD EPYC. All three answer held-out scenes: the sparse ones, which may be forgotten, the dense
     crowd, and a night that nobody was trained on.
     """
     began, folder = time.time(), Path(cfg.output_dir)
@@ -1895,7 +1896,7 @@ def parse_flags(argv):
 def main(argv=None):
     """The command line: every field of Config is a flag."""
     cfg = parse_flags(sys.argv[1:] if argv is None else argv)
-    logging.disable_progress_bar()
+    disable_progress_bar()
     join_processes(cfg)  # until then every process believes that it is rank 0
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun, after a rank died
     if over_ranks([restarts], "MAX")[0]:

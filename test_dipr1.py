@@ -537,7 +537,7 @@ def test_the_truths_own_target_earns_everything_for_every_task_and_any_string(ti
 
 def sampled(policy, encoder, prompts, G, length, seed=0, step=0):
     uniforms = torch.stack([dipr1.draw_uniforms(seed, step, p.index, (G, length)) for p in prompts])
-    return dipr1.rollout(policy, encoder, prompts, length, uniforms)
+    return dipr1.rollout(policy, encoder, prompts, uniforms)
 
 
 @pytest.mark.parametrize("frozen, greedy", [(False, False), (True, False), (False, True)])
@@ -549,7 +549,7 @@ def test_the_rollout_is_scored_as_sampled_and_equals_a_naive_loop_token_for_toke
     if frozen:
         prompts = [dataclasses.replace(p, features=seen) for p, seen in zip(prompts, policy.see(prompts))]
     likeliest = torch.full((len(prompts), 1, n), NAN)
-    groups = (dipr1.rollout(policy, encoder, prompts, n, likeliest) if greedy
+    groups = (dipr1.rollout(policy, encoder, prompts, likeliest) if greedy
               else sampled(policy, encoder, prompts, 4, n))
     with torch.no_grad():
         for group, logp in zip(groups, policy(groups)):
@@ -678,6 +678,7 @@ def test_every_epoch_takes_each_record_once_in_an_order_of_its_own_and_the_rate_
         ({"task": "singing"}, "singing"), ({"boxes": [[1, 2, 3, 4]], "labels": []}, "0 labels for 1 boxes"),
         ({"ignore": [[1, 2, 3, 4]], "labels": []}, "0 ignore_labels for 1 ignore"),
         ({"method": "perception-r1", "task": "grounding"}, "one box"),
+        ({"method": "perception-r1", "task": "ocr", "transcript": "a", "labels": []}, "labels are of boxes"),
         ({"method": "perception-r1", "task": "ocr", "transcript": ["a"]}, "a text is e"),
         ({"method": "perception-r1", "task": "counting", "points": [[1, 2, 3, 4]]}, "points, row 1")]],
 ], ids=lambda text: ascii(text[-40:]))
@@ -1047,8 +1048,8 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
     # Where the data have labels, boxes without them are an oversight, and no answer that is wrong throughout.
     write(tmp_path / "d.jsonl", data[0] | {"labels": ["car", "bus"]})
     assert score(lines[0] | {"labels": ["car", None]})["recall"] == 0.5
-    for labels in ({}, {"labels": ["car"]}, {"labels": [3, 6]}, {"labels": [["car"], ["bus"]]}):
-        refused("line 1: [01] labels .texts. for 2 boxes", score, lines[0] | labels)
+    for labels in ([], ["car"], [3, 6], [["car"], ["bus"]], ["car", "bus", 3]):
+        refused("line 1: [012] labels .texts. for 2 boxes", score, lines[0] | {"labels": labels})
 
 
 def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
@@ -1065,6 +1066,7 @@ def test_mixed_tasks_train_and_are_evaluated_together(tiny, tmp_path):
          "--steps", 2, "--prompts_per_step", 4, "--picture_every", 1)
     lines, model = lines_of(tmp_path), tmp_path / "checkpoint-000004"
     assert len(lines) == 4 and not any(line["skipped"] for line in lines) and lines[-1]["reward_look"] == 0
+    assert all(line["truth_boxes"] < 4 for line in lines[2:]), "characters of a page are no boxes"
     figures = evaluation_of(tmp_path / "eval", *flags, "--eval", "--model", model, "--samples", 2)
     assert {"detection f1", "grounding acc_0.5", "counting count_mae", "ocr word_f1", "format_rate",
             "sampled_accuracy_reward"} <= set(figures)
@@ -1320,10 +1322,11 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint_old_ones_go(taught, f
     assert stop.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM" in capsys.readouterr().out
     assert sorted(path.name[-1] for path in tmp_path.glob("check*")) == ["2", "3"]
     assert len(lines_of(tmp_path)) == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    main(*training(taught, tmp_path, "--resume", "--keep", 2))
+    write(tmp_path / "checkpoint-000009/config.json", "cut short")  # not counted among those to keep
+    main(*training(taught, tmp_path, "--resume", "--keep", 1))
     assert_same_run(tmp_path, finished)
     left = sorted(path.name[-1] for path in tmp_path.glob("check*"))
-    assert left == ["2", "5", "6"], "old checkpoints go, but the one that ended SFT stays"
+    assert left == ["2", "6", "9"], "old checkpoints go, but the one that ended SFT stays"
 
 
 @pytest.mark.slow
@@ -1558,7 +1561,8 @@ def test_crowdhuman_converts_and_says_what_became_of_everything(tmp_path, capsys
     (root / "annotation_train.odgt").rename(root / "annotation_val.odgt")  # only training has a limit unasked
     assert [len(r["boxes"]) for r in convert("crowdhuman --split val", root)] == [3, 41, 0]
     refused("out.jsonl", convert, "crowdhuman --split val", root, out=root / "annotation_val.odgt/out.jsonl")
-    refused("--out .* is a folder", convert, "crowdhuman --split val", root, out=tmp_path)
+    for out in tmp_path, root / "annotation_val.odgt":
+        refused("--out .* is a folder or a file to read", convert, "crowdhuman --split val", root, out=out)
     write(root / "annotation_val.odgt", {"ID": "cut", "gtboxes": []})
     refused("cut.jpg: .*truncated", convert, "crowdhuman --split val --no_verify --draw 4", root)
     (tmp_path / "far/away").mkdir(parents=True)
