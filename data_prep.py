@@ -883,7 +883,7 @@ def main(argv=None):
         if function in SOURCES:
             read = [value.resolve() for value in own.values() if isinstance(value, Path)]
             if out.is_dir() or out.resolve() in read or out.exists() and out.suffix != ".jsonl":
-                raise SystemExit(f"--out {out} is a folder or a file to read, and not one to write")
+                raise SystemExit(f"--out {out} is a folder or a file to read; only a .jsonl is replaced")
             if own.get("split") == "train" and not args["max_boxes"]:
                 args["max_boxes"] = MAX_BOXES
             convert(made, **args)

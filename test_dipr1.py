@@ -1322,7 +1322,7 @@ def test_sigterm_finishes_the_step_and_writes_a_checkpoint_old_ones_go(taught, f
     assert stop.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM" in capsys.readouterr().out
     assert sorted(path.name[-1] for path in tmp_path.glob("check*")) == ["2", "3"]
     assert len(lines_of(tmp_path)) == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    write(tmp_path / "checkpoint-000009/config.json", "cut short")  # not counted among those to keep
+    write(tmp_path / "checkpoint-000009/config.json", "cut short")  # and newer than all that follow
     main(*training(taught, tmp_path, "--resume", "--keep", 1))
     assert_same_run(tmp_path, finished)
     left = sorted(path.name[-1] for path in tmp_path.glob("check*"))
