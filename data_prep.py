@@ -1,6 +1,6 @@
 """Prepares all that dipr1.py reads: scenes, a tiny checkpoint, and real annotations as one JSONL.
 
-    python data_prep.py synthetic --out data/synthetic --images 2000          crowds drawn by Pillow
+    python data_prep.py synthetic --out data/synthetic                        crowds drawn by Pillow
     python data_prep.py tiny --out data/tiny                                  a random Qwen2.5-VL, 1M
     python data_prep.py crowdhuman CROWDHUMAN --split train --out data/train.jsonl --draw 4
     python data_prep.py --help                                                all sources
@@ -11,15 +11,14 @@ One line of the JSONL is one image, in pixels of the original image, boxes as x1
      "boxes": [[x1, y1, x2, y2], ...], "ignore": [...]}
 
 In an `ignore` region an unmatched detection is neither right nor wrong (a crowd too dense to annotate).
-"labels" and "ignore_labels" name the classes where there are several. Perception-R1's other tasks name their
-"task": "grounding" has one box, "counting" has "points" or only a "count", "ocr" has a "transcript".
-Files in one folder may be concatenated: each line has its own target.
+A class is a question: where there are several, an image has a line for each, with the class as its target.
+Perception-R1's other tasks name their "task": "grounding" has one box, "counting" has "points" or only a
+"count", "ocr" has a "transcript". Files in one folder may be concatenated.
 """
 import argparse
 import colorsys
 import contextlib
 import functools
-import hashlib
 import inspect
 import itertools
 import json
@@ -31,15 +30,17 @@ import sys
 from collections import Counter, defaultdict
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter1d
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
-# Files: what enters or leaves is checked here, and an error says where it is
+# Files and images: what enters or leaves is checked here, and an error says where it is
+
 
 def reason(error):
     """What an exception says, as part of a one-line message."""
@@ -70,36 +71,27 @@ def written_whole(path):
         partial.unlink(missing_ok=True)
 
 
-def text_lines(path):
-    """Yield ("line N", text) of a file, without blank lines; one line in memory at a time."""
+def text_lines(path, parse=str):
+    """Yield ("line N", parse(text)) of the lines that are not blank; one line in memory at a time."""
     with reading(path), open(path, "rb") as file:  # bytes: a line ends at a line feed, at no other separator
         for number, line in enumerate(file, 1):
             with reading(path, f"line {number}"):
-                line = line.decode("utf-8-sig").strip()  # without a byte order mark
-            if line:
-                yield f"line {number}", line
+                text = line.decode("utf-8-sig").strip()  # without a byte order mark
+                if text:
+                    yield f"line {number}", parse(text)
 
 
-def json_entries(path):
-    """Yield ("line N", object) of JSON lines, or ("entry N", object) of a file that is one JSON list."""
-    is_list = next(text_lines(path), ("", ""))[1].startswith("[")
-    with reading(path):
-        listed = enumerate(json.loads(Path(path).read_bytes()), 1) if is_list else ()
-    for place, value in ((f"entry {k}", value) for k, value in listed) if is_list else text_lines(path):
-        with reading(path, place):
-            value = value if is_list else json.loads(value)
-            if not isinstance(value, dict):
-                raise ValueError(f"a JSON object is expected, not {value!r:.40}")
-        yield place, value
+def json_object(text):
+    """A dict from its JSON."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is expected, not {value!r:.40}")
+    return value
 
 
 def read_jsonl(path, check):
     """Read JSON lines -> [check(object), ...]. SystemExit names a line that is malformed or that fails."""
-    checked = []
-    for place, entry in json_entries(path):
-        with reading(path, place):
-            checked.append(check(entry))
-    return checked
+    return [checked for _, checked in text_lines(path, lambda text: check(json_object(text)))]
 
 
 def count(number):
@@ -109,35 +101,36 @@ def count(number):
     return int(number)
 
 
-def as_text(value):
-    """A non-empty string, without surrounding space; ValueError for everything else."""
+def check_text(value):
+    """A text, without surrounding space. ValueError for all else, and for one that no prompt can hold."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"a text is expected, not {value!r:.40}")
     value.encode()  # ValueError for half a surrogate pair, which no tokenizer can encode
+    if token := re.search(r"<\|[^|]*\|>", value):
+        raise ValueError(f"remove {token[0]:.40} from the text: it is a special token of Qwen's")
     return value.strip()
 
 
-def check_rows(name, rows, k, width=None, height=None):
+def check_rows(name, rows, k, width=None, height=None, overhang=1):
     """Check that each row has k numbers below 10^6 -> (n, k) array. ValueError names the first at fault.
-
-    With the size of an image, rows are boxes (k = 4) or points (k = 2) in its pixels: boxes have x1 < x2 and
-    y1 < y2, and a pixel of overhang, as rounding causes it, is clipped.
-    """
+    With the size of an image, rows are boxes (k = 4; x1 < x2, y1 < y2) or points (k = 2) in its pixels, and
+    an overhang of a pixel, as rounding causes it, is clipped."""
     def require(good, why):
-        for number, (row, is_good) in enumerate(zip(rows, good), 1):
-            if not is_good:
-                raise ValueError(f"{name}, row {number}: {row!r:.80} {why}")
+        if not all(good):
+            first = list(good).index(False)
+            raise ValueError(f"{name}, row {first + 1}: {rows[first]!r:.80} {why}")
 
     if not isinstance(rows, (list, tuple)):
         raise ValueError(f"{name} must be a list of rows, not {rows!r:.80}")
-    require((isinstance(row, (list, tuple)) and len(row) == k
-             and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # no NaN, no True
-             for row in rows), f"is not {k} numbers below a million")
+    are_numbers = [isinstance(row, (list, tuple)) and len(row) == k
+                   and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)  # no NaN, no True
+                   for row in rows]
+    require(are_numbers, f"is not {k} numbers below a million")
     table = np.array(rows, float).reshape(-1, k)
     if width is None:
         return table
     pixels, inside = f"the {width} x {height} pixels of the image", table.clip(0, [width, height] * (k // 2))
-    require((abs(table - inside) <= 1).all(axis=1), f"is outside {pixels}")
+    require((abs(table - inside) <= overhang).all(axis=1), f"is outside {pixels}")
     require((inside[:, 2:] > inside[:, : k - 2]).all(axis=1), "does not have x1 < x2 and y1 < y2")
     if len(table) and table.max() <= 1 and (table % 1).any():
         raise ValueError(f"{name} are all between 0 and 1: fractions, where {pixels} are expected")
@@ -154,10 +147,6 @@ def check_size(size):
     """ValueError for an image of (width, height) that Qwen's image processor refuses."""
     if max(size) > 200 * min(size):
         raise ValueError("{} x {} pixels: a ratio above 200".format(*size))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Images: opened in one way, here and in dipr1.py
 
 
 @contextlib.contextmanager
@@ -183,24 +172,26 @@ def open_image(path):
             white = next((white for white in whites if grey.max() <= white), grey.max())
             image = Image.fromarray((grey * 255 / white).clip(0, 255).round().astype(np.uint8))
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
 
 
-def image_size(path, no_verify=False):
-    """(width, height) of what `open_image` returns, or its OSError; no_verify: from the header alone."""
-    try:
-        if not no_verify:
-            return open_image(path).size
-        with opened(path) as image:
-            orientation = None
-            with contextlib.suppress(Exception):  # damaged EXIF; PNG's own getexif would decode the image
-                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            on_its_side = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size is upright
-            return image.size[::-1] if on_its_side else image.size
-    except OSError as error:
-        return error
+def draw_rows(picture, rows, color, line):
+    """Outline boxes (x1, y1, x2, y2) that have an area, or circle points (x, y), on a picture."""
+    pen = ImageDraw.Draw(picture)
+    for row in map(tuple, rows):
+        if len(row) == 2:
+            pen.circle(row, 2 * line, outline=color, width=line)
+        elif row[0] < row[2] and row[1] < row[3]:
+            pen.rectangle(row, outline=color, width=line)
+
+
+def on_every_core(function, items):
+    """Yield function(item) of each, in order; a block of items at a time, so that memory stays small."""
+    items = iter(items)
+    with ProcessPoolExecutor() as pool:
+        while block := list(itertools.islice(items, 256)):
+            yield from pool.map(function, block, chunksize=8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,21 +274,22 @@ def iou(a, b):
     return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
 
 
-def draw_scene(rng, size, people, scale, overlap, saturation, light):
-    """A street with a crowd of one to three clusters, nearer people larger (perspective) -> (image, boxes,
-    ignore). Whoever is less than a fifth visible is in `ignore`."""
+def draw_scene(out, seed, size, crowd, index):
+    """Draw and save scene `index`, whatever the others are -> its record. It is a street with one to three
+    clusters of people, nearer ones larger (perspective); less than a fifth visible, they are in `ignore`."""
+    rng, kind = np.random.default_rng([seed, index, list(CROWDS).index(crowd)]), CROWDS[crowd]
     scene, horizon = draw_street(rng, size)
     centers = rng.uniform(0.15 * size, 0.85 * size, rng.integers(1, 4))
     figures = []
-    for _ in range(rng.integers(people[0], people[1] + 1)):
+    for _ in range(rng.integers(*kind["people"], endpoint=True)):
         sole = int(rng.uniform(horizon + 0.2 * size, size))
         depth = (sole - horizon) / (size - horizon)
-        height = int((0.32 + 0.36 * depth) * size * rng.uniform(0.85, 1.1) * scale)
-        figure = draw_person(rng, height, saturation)
+        height = int((0.32 + 0.36 * depth) * size * rng.uniform(0.85, 1.1) * kind["scale"])
+        figure = draw_person(rng, height, kind["saturation"])
         left = int(rng.choice(centers) + rng.normal(0, 0.13 * size) - figure.width / 2)
         left, top = min(max(left, 0), size - figure.width), max(sole - figure.height, 0)
         box = [left, top, left + figure.width, top + figure.height]
-        if all(iou(box, other) < overlap for _, other, _ in figures):
+        if all(iou(box, other) < kind["overlap"] for _, other, _ in figures):
             figures.append((figure, box, np.array(figure.getchannel("A").point(OPAQUE), bool)))
     figures.sort(key=lambda item: item[1][3])  # back to front
     owner = np.zeros((size, size), int)
@@ -307,42 +299,28 @@ def draw_scene(rng, size, people, scale, overlap, saturation, light):
     boxes, ignore = [], []
     for number, (_, box, outline) in enumerate(figures, 1):
         (boxes if (owner == number).sum() >= 0.2 * outline.sum() else ignore).append(box)
-    return Image.blend(scene, Image.new("RGB", scene.size, NIGHT), 1 - light), boxes, ignore
-
-
-def save_scene(out, seed, number, size, crowd):
-    """Draw and save scene `number`, which does not depend on the other scenes -> its record."""
-    rng, name = np.random.default_rng([seed, number, list(CROWDS).index(crowd)]), f"images/{number:06d}.png"
-    scene, boxes, ignore = draw_scene(rng, size, **CROWDS[crowd])
+    scene = Image.blend(scene, Image.new("RGB", scene.size, NIGHT), 1 - kind["light"])
+    name = f"images/{index:06d}.png"
     scene.save(out / name, compress_level=1)
-    about = {"image": name, "width": size, "height": size, "target": "person"}
-    return about | {"boxes": boxes, "ignore": ignore}
+    return dict(image=name, width=size, height=size, target="person", boxes=boxes, ignore=ignore)
 
 
-def synthetic(out: Path, images: count = 2000, seed: int = 0, size: int = 112, val: count = None,
-              crowd: tuple(CROWDS) = "sparse"):
-    """Draw scenes of a `crowd`, `size` pixels wide and high: val.jsonl has the last `val` (default a tenth),
-    train.jsonl the rest."""
+def synthetic(out: Path, train: count = 1800, val: count = 200, seed: int = 0, size: count = 112,
+              crowd: Literal["sparse", "dense", "night"] = "sparse"):
+    """Draw `train` scenes of a `crowd` for train.jsonl and `val` for val.jsonl, of `size` x `size` pixels."""
     if size < 56:
         raise SystemExit(f"--size {size} is too small for a scene: at least 56 pixels")
-    train = images - (max(1, images // 10) if val is None else val)
-    if train < 0:
-        raise SystemExit(f"--images {images} is too few: val.jsonl takes {val}")
     (out / "images").mkdir(parents=True, exist_ok=True)
-    draw = functools.partial(save_scene, out, seed, size=size, crowd=crowd)
-    with ProcessPoolExecutor() as pool:
-        records = list(tqdm(pool.map(draw, range(images), chunksize=64), "drawing scenes", images))
+    draw = functools.partial(draw_scene, out, seed, size, crowd)
+    records = list(tqdm(on_every_core(draw, range(train + val)), "drawing scenes", train + val))
     for name, part in ("train.jsonl", records[:train]), ("val.jsonl", records[train:]):
         with written_whole(out / name) as file:
             file.writelines(json.dumps(record) + "\n" for record in part)
+    print(f"Written: {out}/train.jsonl, val.jsonl and images")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A tiny checkpoint: every part of a Qwen2.5-VL folder, at a size that learns on a laptop
-
-QWEN_SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
-    <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
-    <|image_pad|> <|video_pad|>""".split()
 
 
 def tiny_tokenizer(size, texts):
@@ -351,13 +329,16 @@ def tiny_tokenizer(size, texts):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    special_tokens = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|>
+        <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+        <|image_pad|> <|video_pad|>""".split()  # Qwen's
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytewise = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytewise.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytewise, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        extra_special_tokens=QWEN_SPECIAL_TOKENS, model_max_length=32768)
+        extra_special_tokens=special_tokens, model_max_length=32768)
     fixed = re.split(r"<\|.*?\|>|\{.*?\}", "<|im_end|>".join(texts))  # without special tokens and {target}
     sentences = [sentence for sentence in fixed if len(sentence) > 1]
     tags = [f"<{slash}{name}>" for name in ("think", "look", "answer") for slash in ("", "/")]
@@ -367,25 +348,15 @@ def tiny_tokenizer(size, texts):
     return tokenizer
 
 
-def smooth_numbers(embeddings, tokenizer, size, rng):
-    """Give neighbouring numbers similar embeddings: a random walk, smoothed over a few pixels; a direction of
-    their own sets numbers with a comma apart. A pretrained model knows that 41 is close to 42, and the demo
-    is too short to learn it."""
-    walk = gaussian_filter1d(rng.standard_normal((size + 1, embeddings.shape[1])), sigma=3, axis=0)
-    walk *= embeddings.std().item() / walk.std()
-    for comma in ("", ", "):
-        ids = tokenizer.convert_tokens_to_ids([f"{number}{comma}" for number in range(size + 1)])
-        kind = rng.standard_normal(embeddings.shape[1]) * embeddings.std().item()
-        embeddings[ids] = 0.3 * embeddings[ids] + embeddings.new_tensor(walk + kind)
-
-
-def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
+def tiny(out: Path, seed: int = 0, size: int = 112):
     """Write a random Qwen2.5-VL for images of about `size` x `size` pixels as a complete Hugging Face folder.
-    From Python, `texts` are templates of its prompts: each fixed piece of them becomes one token."""
+    Each fixed piece of dipr1.py's prompts is one token of it."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-    tokenizer = tiny_tokenizer(size, texts)
+    from dipr1 import CHAT, TASKS  # which imports this file
+
+    tokenizer = tiny_tokenizer(size, [CHAT, *(task.question for task in TASKS.values())])
     token = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
@@ -403,228 +374,188 @@ def tiny(out: Path, seed: int = 0, size: int = 112, texts=()):
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    smooth_numbers(model.get_input_embeddings().weight.data, tokenizer, size, np.random.default_rng(seed))
+    # Neighbouring numbers get similar embeddings, as a pretrained model knows that 41 is close to 42, and the
+    # demo is too short to learn it: a random walk, smoothed over a few pixels; a direction of their own sets
+    # numbers with a comma apart.
+    embeddings, rng = model.get_input_embeddings().weight.data, np.random.default_rng(seed)
+    walk = gaussian_filter1d(rng.standard_normal((size + 1, embeddings.shape[1])), sigma=3, axis=0)
+    walk *= embeddings.std().item() / walk.std()
+    for comma in ("", ", "):
+        ids = token([f"{number}{comma}" for number in range(size + 1)])
+        kind = rng.standard_normal(embeddings.shape[1]) * embeddings.std().item()
+        embeddings[ids] = 0.3 * embeddings[ids] + embeddings.new_tensor(walk + kind)
     model.generation_config.eos_token_id = [token("<|im_end|>"), token("<|endoftext|>")]  # two, as Qwen's
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     Qwen2VLImageProcessorPil().save_pretrained(out)
+    print(f"Written: {out}, a model for --model")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Readers: a function per source yields (image path, fields of its line); its parameters become options
+# Readers: a function per source yields (image path, fields of its line); its parameters become options. For
+# an annotation whose image is not listed it yields (None, None): it is counted.
 
 
-def corners(row):
-    """[x, y, width, height] -> [x1, y1, x2, y2]. Coordinates are 0-based: no shift by one."""
-    ((x, y, w, h),) = check_rows("box", [row], 4).tolist()
-    return [x, y, x + w, y + h]
+def find(root, *patterns):
+    """The paths below `root` that match, of the first pattern first; SystemExit says what was expected."""
+    found = [path for pattern in patterns for path in root.glob(pattern)]
+    if not found:
+        raise SystemExit(f"{root}: unknown layout, looked there for " + ", or ".join(patterns))
+    return found
 
 
 def detection(target, people):
-    """The fields of an image from (is it a target?, [x, y, width, height]) pairs."""
-    fields = {"target": target, "boxes": [], "ignore": []}
-    for is_target, row in people:
-        fields["boxes" if is_target else "ignore"].append(corners(row))
-    return fields
+    """[(is it a target?, [x, y, width, height] in pixels), ...] -> the fields of a line. Coordinates are
+    0-based: no shift by one. ValueError for a box that is not four finite numbers."""
+    is_target = np.array([is_target for is_target, _ in people], bool)
+    table = check_rows("boxes", [box for _, box in people], 4)
+    corners = np.hstack([table[:, :2], table[:, :2] + table[:, 2:]])
+    boxes, ignore = corners[is_target].tolist(), corners[~is_target].tolist()
+    return {"target": check_text(target), "boxes": boxes, "ignore": ignore}
 
 
-def boxes_by_key(paths, parse):
-    """{key: boxes} of text files whose lines `parse` turns into (key, boxes)."""
-    table = defaultdict(list)
-    for path in paths:
-        for place, line in text_lines(path):
-            with reading(path, place):
-                key, boxes = parse(line)
-                table[key].extend(boxes)
-    return table
-
-
-def find(root, *names):
-    """The first of these paths that exists below `root`; SystemExit says what was expected and where."""
-    for name in names:
-        if (root / name).exists():
-            return root / name
-    raise SystemExit(f"{root}: unknown layout, looked there for " + ", or ".join(names))
-
-
-def image_finder(root, split):
-    """A function from an image's name in the annotations to the path below `root` that ends in all of it.
-
-    Folders of another split are passed over: "train", "val" or "test" is a word of their names, as in val2017
-    or sur_train (and not in contest).
-    """
-    root, paths, seen = Path(os.path.abspath(root)), {}, set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        splits = {"train", "val", "test"} & set(re.findall("[a-z]+", os.path.relpath(folder, root).lower()))
-        searched = split in splits or not splits
-        if (os.path.realpath(folder), searched) in seen:  # a link to where we have been, perhaps a circle
-            subfolders.clear()
-            continue
-        seen.add((os.path.realpath(folder), searched))
-        subfolders.sort()
-        for name in names if searched else ():
-            paths.setdefault(name, []).append(Path(folder, name))
-
-    def locate(name):
-        parts = Path(as_text(name).replace("\\", "/")).parts
-        exact = root.joinpath(*parts)
-        ends = [path for path in paths.get(exact.name, []) if path.parts[-len(parts) :] == parts]
-        if len(ends) > 1 and exact not in ends:
-            raise SystemExit(f"{name} may be {ends[0]} or {ends[1]}: remove one of them from below {root}")
-        return ends[0] if len(ends) == 1 else exact
-
-    return locate
-
-
-def crowdhuman(root: Path, split: ("train", "val"), target: str = "person"):
-    """`annotation_<split>.odgt`, an image per line, beside the folder `Images`.
+def crowdhuman(root: Path, split: Literal["train", "val"], target: str = "person"):
+    """`annotation_<split>.odgt`, an image per line; images in `Images` or `CrowdHuman_<split>*`.
 
     The box is `fbox`, the whole person with occluded parts, as the benchmark evaluates it. Tag "mask" and
     extra.ignore mark ignore regions; `head_attr.ignore` concerns heads only.
     """
-    path, images = find(root, f"annotation_{split}.odgt"), find(root, "Images")
-    for place, entry in json_entries(path):
+    path = find(root, f"annotation_{split}.odgt")[0]
+    images = {path.name: path for path in find(root, "Images/*.jpg", f"CrowdHuman_{split}*/**/*.jpg")}
+    for place, entry in text_lines(path, json_object):
         with reading(path, place):
             people = [(person["tag"] == "person" and not person.get("extra", {}).get("ignore"),
                        person["fbox"]) for person in entry["gtboxes"]]
-            yield images / f"{entry['ID']}.jpg", detection(target, people)
+            name = f"{entry['ID']}.jpg"
+            yield images.get(name, root / "Images" / name), detection(target, people)
 
 
-def citypersons(root: Path, split: ("train", "val"), target: str = "pedestrian"):
+def citypersons(root: Path, split: Literal["train", "val"], target: str = "pedestrian"):
     """`annotations/anno_<split>.mat` or `gtBboxCityPersons/<split>/*/*.json`, images in `leftImg8bit`.
 
     As in the standard protocol, the full boxes of pedestrians are the targets; riders, sitting people, groups
     and all else are ignore regions.
     """
-    images = find(root, f"leftImg8bit/{split}")
-    path = find(root, f"annotations/anno_{split}.mat", f"gtBboxCityPersons/{split}")
+    images = find(root, f"leftImg8bit/{split}")[0]
+    path = find(root, f"annotations/anno_{split}.mat", f"gtBboxCityPersons/{split}")[0]
     for file in sorted(path.glob("*/*_gtBboxCityPersons.json")):
         with reading(file):
             data = json.loads(file.read_bytes())
-            people = [(entry["label"] == "pedestrian", entry["bbox"]) for entry in data["objects"]]
+            people = [(thing["label"] == "pedestrian", thing["bbox"]) for thing in data["objects"]]
             image = images / file.parent.name / file.name.replace("gtBboxCityPersons.json", "leftImg8bit.png")
-            size = data.get("imgWidth"), data.get("imgHeight")
-            yield image, {**detection(target, people), "size": size}
-    if path.is_dir():
-        return
+            yield image, {"size": (data.get("imgWidth"), data.get("imgHeight")), **detection(target, people)}
     with reading(path):
-        cells = loadmat(path)[f"anno_{split}_aligned"][0]
-    for number, cell in enumerate(cells, 1):
+        cells = [] if path.is_dir() else loadmat(path, simplify_cells=True)[f"anno_{split}_aligned"]
+    for number, cell in enumerate(np.ravel(cells), 1):
         with reading(path, f"image {number}"):
-            city, name, rows = (np.ravel(cell)[0][part] for part in ("cityname", "im_name", "bbs"))
             # As Python's integers: in the file's own type, often uint8, 200 + 100 would be 44.
-            people = [(row[0] == 1, row[1:5]) for row in rows.reshape(-1, 10).tolist()]
-            yield images / city.item() / name.item(), detection(target, people)
+            people = [(row[0] == 1, row[1:5]) for row in np.reshape(cell["bbs"], (-1, 10)).tolist()]
+            yield images / cell["cityname"] / cell["im_name"], detection(target, people)
 
 
-def wider_line(line, columns=None):
-    """`imgNNNNN.jpg (c x y w h)*` of 2018 or `surNNNNN.jpg (x y w h)*` of 2019 -> (name, boxes).
+def widerpedestrian(root: Path, split: Literal["train", "val"], target: str = "person"):
+    """`<split>_annotations.txt` of 2018, in lines of `imgNNNNN.jpg (class x y w h)*`, or
+    `Annotations/<split>_bbox.txt` of 2019, in lines of `surNNNNN.jpg (x y w h)*`.
 
-    Twenty numbers may be four boxes or five: the name's prefix decides. A bare name is an empty image.
+    Images are below folders that have the split in their names. Pedestrians and cyclists are merged. A
+    split's files beside it, named `*ignore*`, hold its ignore regions, which have no class.
     """
-    name, *numbers = line.split()
-    prefix = re.match("img|sur|ad", name)
-    if prefix is None:
-        raise ValueError(f"{name!r} is an image neither of 2018 (img...) nor of 2019 (sur..., ad...)")
-    columns = columns or (5 if prefix[0] == "img" else 4)
-    if len(numbers) % columns:
-        raise ValueError(f"{len(numbers)} numbers after {name}, where every box has {columns}")
-    rows = np.reshape([float(number) for number in numbers], (-1, columns)).tolist()
-    if columns == 5 and any(row[0] not in (1, 2) for row in rows):
-        raise ValueError("a class that is neither 1 (pedestrian) nor 2 (cyclist)")
-    return name, [corners(row[-4:]) for row in rows]
+    path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")[0]
+    ignore = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
+    images, people = {path.name: path for path in find(root, f"*{split}*/**/*.jpg")}, defaultdict(list)
+    for file in (path, *ignore):
+        for place, line in text_lines(file):
+            with reading(file, place):
+                name, *numbers = line.split()
+                prefix = re.match("img|sur|ad", name)
+                if prefix is None:
+                    raise ValueError(f"{name!r} is neither of 2018 (img...) nor of 2019 (sur..., ad...)")
+                columns = 5 if prefix[0] == "img" and file == path else 4  # 20 numbers: 4 boxes, or 5?
+                if len(numbers) % columns:
+                    raise ValueError(f"{len(numbers)} numbers after {name}, where every box has {columns}")
+                rows = check_rows("boxes", np.reshape(numbers, (-1, columns)).astype(float).tolist(), columns)
+                if columns == 5 and not np.isin(rows[:, 0], (1, 2)).all():
+                    raise ValueError("a class that is neither 1 (pedestrian) nor 2 (cyclist)")
+            if file == path or name in people:  # a bare name is an empty image
+                people[name] += [(file == path, box) for box in rows[:, -4:].tolist()]
+            else:
+                yield None, None
+    for name, boxes in people.items():
+        yield images.get(name, root / name), detection(target, boxes)
 
 
-def widerpedestrian(root: Path, split: ("train", "val"), target: str = "person"):
-    """`<split>_annotations.txt` of 2018 or `Annotations/<split>_bbox.txt` of 2019, images anywhere below.
-
-    Pedestrians and cyclists are merged. A split's files beside it, named `*ignore*`, hold its ignore regions.
-    """
-    path = find(root, f"{split}_annotations.txt", f"Annotations/{split}_bbox.txt", f"{split}_bbox.txt")
-    beside = [file for file in path.parent.glob(f"*{split}*.txt") if "ignore" in file.name]
-    ignore = boxes_by_key(beside, functools.partial(wider_line, columns=4))
-    locate = image_finder(root, split)
-    for name, boxes in boxes_by_key([path], wider_line).items():
-        yield locate(name), {"target": target, "boxes": boxes, "ignore": ignore[name]}
-
-
-UAVDT_TEST = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M0802 M1001 M1004 M1007 M1009
-    M1101 M1301 M1302 M1303 M1401""".split()  # the other sequences are for training
-
-
-def uavdt(root: Path, split: ("train", "test"), target: str = "vehicle", stride: count = 1):
+def uavdt(root: Path, split: Literal["train", "test"], target: str = "vehicle", stride: count = 1):
     """Sequences `UAV-benchmark-M/M0101/img000001.jpg` with `GT/M0101_gt_whole.txt` and `_gt_ignore.txt`.
 
-    Cars, trucks and buses are one class. `stride` N takes every N-th frame: neighbours are nearly the same.
+    A line is `frame,target,left,top,width,height,out of view,occlusion,category`. Cars, trucks and buses are
+    one class. `stride` N takes every N-th frame: neighbours are nearly the same.
     """
-    def parse(categories, line):  # lines are sorted by the target, not by the frame
-        frame, _, *box, _, _, category = map(int, line.split(","))
-        if category not in categories:
-            raise ValueError(f"category {category}: the form of *_gt_whole.txt is needed, with 1, 2 or 3")
-        return frame, [corners(box)]
-
-    images, truths = find(root, "UAV-benchmark-M"), find(root, "GT", "UAV-benchmark-MOTD_v1.0/GT")
-    names = {path.name.split("_")[0] for folder in (images, truths) for path in folder.glob("M*")}
-    for name in sorted(name for name in names if (name in UAVDT_TEST) == (split == "test")):
-        whole = find(truths, f"{name}_gt_whole.txt")  # and not _gt.txt, which has no classes
-        boxes = boxes_by_key([whole], functools.partial(parse, (1, 2, 3)))
-        ignore = boxes_by_key(truths.glob(f"{name}_gt_ignore.txt"), functools.partial(parse, (-1,)))
+    images, truths = find(root, "UAV-benchmark-M")[0], find(root, "GT", "UAV-benchmark-MOTD_v1.0/GT")[0]
+    of_test = """M0203 M0205 M0208 M0209 M0403 M0601 M0602 M0606 M0701 M0801 M0802 M1001 M1004 M1007 M1009
+        M1101 M1301 M1302 M1303 M1401""".split()  # the other sequences are for training
+    names = sorted({path.name.split("_")[0] for folder in (images, truths) for path in folder.glob("M*")})
+    of_split = [name for name in names if (name in of_test) == (split == "test")]
+    if not of_split:
+        raise SystemExit(f"{root}: no sequence of --split {split}, found {', '.join(names) or 'none'}")
+    for name in of_split:
+        people, whole = defaultdict(list), find(truths, f"{name}_gt_whole.txt")[0]  # _gt.txt has no classes
+        for path in (whole, *truths.glob(f"{name}_gt_ignore.txt")):  # sorted by target, not by frame
+            for place, line in text_lines(path):
+                with reading(path, place):
+                    frame, _, *box, _, _, category = map(int, line.split(","))
+                    if path == whole and category not in (1, 2, 3):
+                        raise ValueError(f"category {category}: the form of *_gt_whole.txt has 1, 2 or 3")
+                    check_rows("boxes", [box], 4)
+                    people[frame].append((path == whole, box))
         files = (images / name).glob("img" + 6 * "[0-9]" + ".jpg")  # frames without a box, too
-        for frame in sorted({int(file.stem[3:]) for file in files} | boxes.keys())[::stride]:
-            fields = {"target": target, "boxes": boxes[frame], "ignore": ignore[frame]}
-            yield images / name / f"img{frame:06d}.jpg", fields
+        for frame in sorted({int(file.stem[3:]) for file in files} | people.keys())[::stride]:
+            yield images / name / f"img{frame:06d}.jpg", detection(target, people[frame])
 
 
-def by_id(entries):
-    """{id: entry}. Two different entries of one id are an error: one would be lost."""
-    table = {}
-    for entry in entries:
-        if table.setdefault(entry["id"], entry) != entry:
-            raise ValueError(f"two entries have the id {entry['id']!r}")
-    return table
+def coco(root: Path, split: Literal["train", "val", "test"] = None, target: str = None,
+         category: str = "person", annotations: Path = None, image_folder: Path = None):
+    """`annotations/instances_<split>2017.json` with images in `<split>2017`, or any file in its form.
 
-
-def coco(root: Path, split: ("train", "val", "test"), target: str = None, category: str = "person",
-         annotations: Path = None):
-    """`annotations/instances_<split>2017.json`, or `annotations` in its form, with images anywhere below.
-
-    The targets are one `category`, or "all" of them with a label for each box. `iscrowd` and `ignore` mark
-    ignore regions. Images without a box stay in. Folders of another split are not searched: for a val file
-    whose images lie in a folder `train`, name that folder as ROOT.
+    Without --split, `annotations` names the file, and images are in ROOT; `image_folder` names another folder
+    of images. The targets are one `category`, which may be called `target`; "all" writes a line for each
+    class that an image has, and one for a class that it has not. `iscrowd` and `ignore` mark ignore regions.
     """
-    path = annotations or find(root, f"annotations/instances_{split}2017.json")
+    if not (split or annotations) or target and category == "all":
+        raise SystemExit("coco needs --split or --annotations, and no --target beside --category all")
+    path = annotations or find(root, f"annotations/instances_{split}2017.json")[0]
+    folder = image_folder or (find(root, f"{split}2017")[0] if split else root)
     with reading(path):
         data = json.loads(path.read_bytes())
-        images = dict(sorted(by_id(data["images"]).items()))  # in the order of the official toolkit
+        for key in ("id", "file_name"):  # listed twice, each would have a part of the boxes
+            for value, times in Counter(image[key] for image in data["images"]).items():
+                if times > 1:
+                    raise ValueError(f"{times} images have the {key} {value!r}")
+        people = {image["id"]: defaultdict(list) for image in data["images"]}
+        classes = {entry["id"]: check_text(entry["name"]) for entry in data["categories"]}
+        images = sorted((image["id"], folder / image["file_name"], (image.get("width"), image.get("height")))
+                        for image in data["images"])
         entries = list(data["annotations"])
-        listed = Counter(entry.get("file_name") for entry in images.values())
-        names = {number: as_text(entry["name"]) for number, entry in by_id(data["categories"]).items()}
-    wanted = [name for name in dict.fromkeys(names.values()) if category in (name, "all")]
-    if not wanted:
-        raise SystemExit(f"{path} has no category {category!r}, but " + ", ".join(map(repr, names.values())))
-    kinds = ("boxes", "ignore", "labels", "ignore_labels")[: 4 if category == "all" else 2]
-    truths = {number: {kind: [] for kind in kinds} for number in images}
+    names = list(dict.fromkeys(classes.values()))  # two ids of one name are one class
+    if category not in ("all", *names):
+        raise SystemExit(f"{path} has no category {category!r}, but " + ", ".join(map(repr, names)))
     for number, entry in enumerate(entries, 1):
         with reading(path, f"annotation {number}"):
-            fields = truths.setdefault(entry["image_id"], {kind: [] for kind in kinds})
-        try:
-            label, ignored = names[entry["category_id"]], entry.get("iscrowd") or entry.get("ignore")
-            if label in wanted:
-                fields["ignore" if ignored else "boxes"].append(corners(entry["bbox"]))
-                fields.get("ignore_labels" if ignored else "labels", []).append(label)
-        except Exception as error:
-            fields["fault"] = f"annotation {number}: {reason(error)}"
-    if entries and not images.keys() & {entry["image_id"] for entry in entries}:
+            if entry["image_id"] not in people:
+                yield None, None
+                continue
+            check_rows("bbox", [entry["bbox"]], 4)
+            is_target = not (entry.get("iscrowd") or entry.get("ignore"))
+            people[entry["image_id"]][classes[entry["category_id"]]].append((is_target, entry["bbox"]))
+    if entries and not any(people.values()):
         raise SystemExit(f"{path}: no annotation refers to an image that is listed")
-    for number in (number for number in truths if number not in images):
-        yield path, {"fault": f"it annotates image {number!r}, which is not listed"}
-    locate = image_finder(root, split)
-    for number, entry in images.items():
-        with reading(path, f"image {number}"):
-            image, size = locate(entry["file_name"]), (entry.get("width"), entry.get("height"))
-            if listed[entry["file_name"]] > 1:  # each would have a part of the boxes
-                truths[number]["fault"] = f"listed {listed[entry['file_name']]} times, under different ids"
-        yield image, {"target": target or ", ".join(wanted), "size": size, **truths[number]}
+    for number, image, size in images:
+        truths, asked = people[number], [category]
+        if category == "all":  # what it has, and one class that it has not: to invent a box of it must cost
+            absent = [name for name in names if name not in truths]
+            drawn = random.Random(str(number)).sample(absent, min(1, len(absent)))
+            asked = [name for name in names if name in truths] + drawn
+        for name in asked:
+            yield image, {"size": size, **detection(target or name, truths.get(name, []))}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -634,94 +565,41 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, and plain data needs no class")
 
 
-def refcoco_refs(path, split, image_folder):
-    """A file `refs(*).p`, with `instances.json` beside it and COCO's images anywhere below."""
-    instances = find(path.parent, "instances.json")
-    with reading(path), open(path, "rb") as file:
+def refcoco(root: Path, split: Literal["train", "val", "test", "testA", "testB"], image_folder: Path = None):
+    """RefCOCO, RefCOCO+, RefCOCOg, a phrase per line: ROOT is a file `refs(*).p`, beside `instances.json`.
+
+    Its images, COCO's of train2014, are the files of `image_folder` (default: `train2014` beside ROOT).
+    """
+    instances = find(root.parent, "instances.json")[0]
+    folder = image_folder or find(root.parent, "train2014")[0]
+    with reading(root), open(root, "rb") as file:
         entries = PlainUnpickler(file, encoding="latin1").load()
         entries = [entry for entry in entries if entry["split"] == split]
+        entries.sort(key=lambda entry: entry["image_id"])  # so that an image is opened once
     with reading(instances):
         data = json.loads(instances.read_bytes())
-        images, annotations = by_id(data["images"]), by_id(data["annotations"])
-    locate = image_finder(image_folder or path.parent, "train")  # all of its images are from train2014
+        images = {entry["id"]: entry["file_name"] for entry in data["images"]}
+        boxes = {entry["id"]: entry["bbox"] for entry in data["annotations"]}
     for entry in entries:
-        with reading(path, f"reference {entry.get('ref_id')}"):
-            image = locate(images[entry["image_id"]]["file_name"])
-            box = corners(annotations[entry["ann_id"]]["bbox"])
-            phrases = [as_text(sentence["sent"]) for sentence in entry["sentences"]]
-        for phrase in phrases:
-            yield image, {"task": "grounding", "target": phrase, "boxes": [box]}
-
-
-@functools.cache
-def files_by_hash(folder):
-    """{sha256 of the content: path} of the files below `folder`."""
-    table = {}
-    for path in filter(Path.is_file, folder.rglob("*")):
-        with reading(path), open(path, "rb") as file:
-            table[hashlib.file_digest(file, "sha256").hexdigest()] = path
-    return table
-
-
-def image_of(entry, path, image_folder):
-    """The image of an entry of the list `path`: by name, or by `image_sha256` where only a URL is given."""
-    if "image" in entry:
-        return (image_folder or path.parent) / as_text(entry["image"])
-    if not image_folder:
-        raise ValueError("it has no image: for image_url, --image_folder says where the downloads are")
-    digest = as_text(entry["image_sha256"])
-    return files_by_hash(image_folder).get(digest, image_folder / digest)
-
-
-def said_by(speaker, entry):
-    """What the only turn of this speaker says in a conversation."""
-    (text,) = [turn["value"] for turn in entry["conversations"] if turn["from"] == speaker]
-    return text
-
-
-def refcoco_list(path, image_folder, scale):
-    """JSON lines or a JSON list, as Perception-R1 and VLM-R1 have it."""
-    for place, entry in json_entries(path):
-        with reading(path, place):
-            phrase = entry.get("normal_caption") or entry.get("problem") or said_by("human", entry)
-            phrase = phrase.rpartition("sentence describes:")[2]  # of VLM-R1
-            phrase = phrase.replace("<image>", "").strip(" \n.")
-            answer = entry["solution"] if "solution" in entry else said_by("gpt", entry)
-            # The box is a list or the only one in a text: {"bbox_2d": [1, 2, 3, 4]}, <answer>[1, 2]</answer>.
-            boxes = re.findall(r"\[[^][]*\]", answer if isinstance(answer, str) else json.dumps(answer))
-            if len(boxes) != 1:
-                raise ValueError(f"one box is expected, not {answer!r:.80}")
-            boxes = check_rows("box", [json.loads(boxes[0])], 4).tolist()
-            fields = {"task": "grounding", "target": as_text(phrase), "boxes": boxes, "scale": scale}
-            yield image_of(entry, path, image_folder), fields
-
-
-def refcoco(root: Path, split: ("train", "val", "test", "testA", "testB") = None, image_folder: Path = None,
-            scale: count = None):
-    """RefCOCO, RefCOCO+, RefCOCOg, a phrase per line: `refs(*).p`, its folder, or a list as VLM-R1 has it.
-
-    Images of `refs(*).p` are looked for below its folder, or below `image_folder`. A list is in pixels, or
-    goes from 0 to `scale` (Perception-R1: 1000); its paths start in `image_folder`.
-    """
-    found = sorted(root.glob("refs(*).p")) if root.is_dir() else [root]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise SystemExit(f"{root}: one file refs(*).p is needed, found {names}; name it as ROOT")
-    is_list = found[0].suffix != ".p"
-    if is_list == bool(split) or scale and not is_list:
-        raise SystemExit(f"{root}: refs(*).p needs --split and no --scale; a list of one split, no --split")
-    questions = (refcoco_list(root, image_folder, scale) if is_list else
-                 refcoco_refs(found[0], split, image_folder))
-    return sorted(questions, key=lambda question: question[0])  # so that an image is opened once
+        with reading(root, f"reference {entry.get('ref_id')}"):
+            if entry["image_id"] not in images:
+                yield None, None
+                continue
+            image, truth = folder / images[entry["image_id"]], [(True, boxes[entry["ann_id"]])]
+            for sentence in entry["sentences"]:
+                fields = detection(sentence["sent"], truth)
+                yield image, {"task": "grounding", "target": fields["target"], "boxes": fields["boxes"]}
 
 
 def pixmo_count(root: Path, image_folder: Path = None):
-    """PixMo-Count as JSON lines, {"image" or "image_url", "count", "points", "label"}, points in pixels.
+    """PixMo-Count as JSON lines, {"image" or "image_sha256", "count", "points", "label"}, points in pixels.
 
-    Files in `image_folder` may have any name: they are known by their `image_sha256`. (PixMo-Points, another
-    data set, is in percent of the image: scale it first.)
+    Images are in `image_folder` (default: beside ROOT): `image` is a path there, `image_sha256` a name with
+    any suffix. (PixMo-Points, another data set, is in percent of the image: scale it first.)
     """
-    for place, entry in json_entries(root):
+    folder = image_folder or root.parent
+    downloads = {path.stem: path.name for path in folder.glob("*")}
+    for place, entry in text_lines(root, json_object):
         with reading(root, place):
             points, number = entry.get("points") or [], entry["count"]
             if isinstance(points, dict):  # a pair of lists, as published
@@ -730,162 +608,133 @@ def pixmo_count(root: Path, image_folder: Path = None):
             points = check_rows("points", [[point["x"], point["y"]] for point in points], 2).tolist()
             # Of val and test only the count is published.
             truth = {"count": number} if number and not points else {"points": points}
-            fields = {"task": "counting", "target": as_text(entry["label"]), **truth}
-            yield image_of(entry, root, image_folder), fields
+            image = entry.get("image") or downloads.get(entry["image_sha256"], entry["image_sha256"])
+            yield folder / image, {"task": "counting", "target": check_text(entry["label"]), **truth}
 
 
 def ocr(root: Path, image_folder: Path = None):
-    """Pages of text: `[{"image": path, "conversations": [{"from": "gpt", "value": the text}, ...]}]`."""
-    for place, entry in json_entries(root):
-        with reading(root, place):
-            fields = {"task": "ocr", "target": "text", "transcript": as_text(said_by("gpt", entry))}
-            yield image_of(entry, root, image_folder), fields
+    """Pages of text: `[{"image": path, "conversations": [{"from": "gpt", "value": the text}, ...]}]`, paths
+    from `image_folder` (default: beside ROOT)."""
+    with reading(root):
+        entries = list(json.loads(root.read_bytes()))
+    for number, entry in enumerate(entries, 1):
+        with reading(root, f"entry {number}"):
+            (text,) = [turn["value"] for turn in entry["conversations"] if turn["from"] == "gpt"]
+            image = (image_folder or root.parent) / entry["image"]
+            yield image, {"task": "ocr", "target": "text", "transcript": check_text(text)}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From annotations to the JSONL
-
-MAX_BOXES = 40  # of an image to train on: a box costs some 21 tokens, and a completion has 1,280
+# From annotations to the JSONL, and the command line: a command per function, an option per parameter
 
 
-def measured(annotations, no_verify):
-    """Yield (image, fields, size or OSError) in order. Every core opens images, a block at a time, so that
-    memory stays small; an image with several questions in a block is opened once."""
-    annotations = iter(annotations)
-    with ProcessPoolExecutor() as pool:
-        while block := list(itertools.islice(annotations, 256)):
-            images = list(dict.fromkeys(image for image, _ in block))
-            sizes = dict(zip(images, pool.map(image_size, images, itertools.repeat(no_verify), chunksize=8)))
-            yield from ((image, fields, sizes[image]) for image, fields in block)
+def fitted(actual, size=(None, None), **fields):
+    """A line from its fields, fitted to the image of `actual` (width, height). ValueError says why it is left
+    out, as where its annotation states another `size`."""
+    if all(size) and size != actual:
+        raise ValueError("the image has {} x {} pixels, the annotation {!r} x {!r}".format(*actual, *size))
+    for name in sorted({"boxes", "ignore"} & fields.keys()):
+        # Many boxes run beyond the image: cut there. Those without area inside are dropped.
+        rows = np.reshape(fields[name], (-1, 4)).astype(float).round(4).clip(0, actual * 2)
+        rows = rows[(rows[:, 2:] > rows[:, :2]).all(axis=1)].tolist()
+        fields[name] = check_rows(name, rows, 4, *actual).tolist()
+    if "points" in fields:
+        fields["points"] = check_rows("points", fields["points"], 2, *actual).tolist()
+    if fields.get("task") == "grounding" and not fields["boxes"]:
+        raise ValueError("the box of the phrase has no area inside the image")
+    return {"width": actual[0], "height": actual[1], **fields}
 
 
-def fitted(fields, size):
-    """The fields of a line, fitted to the image. OSError or ValueError says why the line is left out."""
-    if "fault" in fields:
-        raise ValueError(fields["fault"])
-    if isinstance(size, OSError):
-        raise size
-    fields = dict(fields)
-    stated, scale = fields.pop("size", size), fields.pop("scale", None)
-    if all(stated) and stated != size:
-        raise ValueError("the image has {} x {} pixels, the annotation {!r} x {!r}".format(*size, *stated))
-    if scale:
-        fields["boxes"] = (np.multiply(fields["boxes"], size * 2) / scale).tolist()
-    for name, labels in (("boxes", "labels"), ("ignore", "ignore_labels")) if "ignore" in fields else ():
-        # Detection. Many boxes run beyond the image: cut there. Those without area inside are dropped.
-        rows = np.reshape(fields[name], (-1, 4)).astype(float).round(4).clip(0, size * 2)
-        stays = (rows[:, 2:] > rows[:, :2]).all(axis=1)
-        fields[name] = rows[stays].tolist()
-        if labels in fields:
-            fields[labels] = list(itertools.compress(fields[labels], stays))
-    for name, k in ("boxes", 4), ("ignore", 4), ("points", 2):
-        if name in fields:
-            fields[name] = check_rows(name, fields[name], k, *size).tolist()
-    return {"width": size[0], "height": size[1], **fields}
+def fitted_to_image(questions):
+    """Decode an image, once, and fit what is asked about it: [(image, fields), ...] -> [(image, fields, line,
+    or the error why it is left out), ...]."""
+    lines, image_size = [], functools.cache(lambda image: open_image(image).size)
+    for image, fields in questions:
+        try:
+            line = fitted(image_size(image), **fields) if image else None
+        except (OSError, ValueError) as error:
+            line = error
+        lines.append((image, fields, line))
+    return lines
 
 
-def convert(annotations, out: Path, max_boxes: count = None, no_verify: bool = False, draw: count = 0):
+def convert(annotations, out: Path, max_boxes: count = None, draw: count = 0):
     """Write the JSONL `out`, which refers to the images, and count what is left out.
 
     An image with more than `max_boxes` (40 for train, else no limit) is left out whole: with some of its
-    boxes cut, right answers would be punished. For that reason a faulty annotation, too, leaves out its
-    image. A line that cannot be read ends the conversion, except in COCO's form. Images are decoded, unless
-    `no_verify`: headers only. `draw` N saves N of them with their boxes.
+    boxes cut, right answers would be punished. So is an image that does not open, or that contradicts its
+    annotation. What cannot be read ends the conversion. `draw` N saves N images with their boxes.
     """
     counts, crowds, folder = Counter(), [], out.parent.resolve()  # links would mislead ".." in a path
+    groups = itertools.groupby(annotations, key=lambda annotation: annotation[0])
+    lines = on_every_core(fitted_to_image, (list(group) for _, group in groups))
     with written_whole(out) as file:
-        for image, fields, size in tqdm(measured(annotations, no_verify), "converting", unit=" lines"):
-            annotated = len(fields.get("boxes", []))
-            try:
-                fields = fitted(fields, size)
-            except (OSError, ValueError) as error:
-                if fields.get("scale", 1) is None and "is outside" in str(error):  # the unit is unknown
-                    raise SystemExit(f"{image}: {error}; --scale N if the list goes from 0 to N") from None
-                counts[f"left out: {'unreadable images' if error is size else 'faulty annotations'}"] += 1
-                tqdm.write(f"left out: {image}: {error}", file=sys.stderr)
-                continue
-            boxes = len(fields.get("boxes", []))
-            if max_boxes and boxes > max_boxes:
+        for image, fields, line in itertools.chain.from_iterable(tqdm(lines, "converting", unit=" images")):
+            if image is None:
+                counts["left out: annotations of images that are not listed"] += 1
+            elif isinstance(line, Exception):
+                unreadable = isinstance(line, OSError)
+                why = "unreadable images" if unreadable else "lines that contradict their image"
+                counts[f"left out: {why}"] += 1
+                tqdm.write(f"left out: {image}: {line}", file=sys.stderr)
+            elif max_boxes and len(line.get("boxes", [])) > max_boxes:
                 counts[f"left out: images with more than {max_boxes} boxes"] += 1
-                continue
-            file.write(json.dumps({"image": os.path.relpath(image, folder), **fields}) + "\n")
-            counts.update({name: len(fields.get(name, [])) for name in ("boxes", "ignore", "points")})
-            counts["left out: boxes without area inside their image"] += annotated - boxes
-            crowds.append(boxes)
+            else:
+                file.write(json.dumps({"image": os.path.relpath(image, folder), **line}) + "\n")
+                counts.update({name: len(line.get(name, [])) for name in ("boxes", "ignore", "points")})
+                crowds.append(len(line.get("boxes", [])))
+                without_area = len(fields.get("boxes", [])) - crowds[-1]
+                counts["left out: boxes without area inside their image"] += without_area
         if not crowds:
             reasons = ", ".join(f"{number} {name}" for name, number in counts.items())
             raise SystemExit(f"nothing converted, {out} not written: {reasons or 'nothing is annotated'}")
     print(f"{out}: {len(crowds):,} lines, boxes per line: median {np.median(crowds):g}, max {max(crowds)}")
     for name, number in (+counts).items():  # those above 0
         print(f"{number:>10,}  {name}")
-    draw_records(out, draw)
-
-
-def draw_rows(picture, rows, color, line):
-    """Outline boxes (x1, y1, x2, y2) that have an area, or circle points (x, y), on a picture."""
-    pen = ImageDraw.Draw(picture)
-    for row in map(tuple, rows):
-        if len(row) == 2:
-            pen.circle(row, 2 * line, outline=color, width=line)
-        elif row[0] < row[2] and row[1] < row[3]:
-            pen.rectangle(row, outline=color, width=line)
-
-
-def draw_records(out, number):
-    """Save pictures of records drawn at random: boxes and points orange, ignore regions grey."""
-    records = read_jsonl(out, dict) if number else []
-    for k, record in enumerate(random.Random(0).sample(records, min(number, len(records)))):
+    records = read_jsonl(out, dict) if draw else []
+    for k, record in enumerate(random.Random(0).sample(records, min(draw, len(records)))):
         path, orange = out.with_name(f"{out.stem}-{k}.png"), (255, 140, 0)
-        with reading(out.parent / record["image"]):
-            picture = open_image(out.parent / record["image"])
+        picture = open_image(out.parent / record["image"])
         for name, color in ("ignore", (150, 150, 150)), ("boxes", orange), ("points", orange):
             draw_rows(picture, record.get(name, []), color, line=max(1, picture.width // 300))
         picture.save(path)
         print(path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line: a command per function, an option per parameter
-
-SOURCES = crowdhuman, citypersons, widerpedestrian, uavdt, coco, refcoco, pixmo_count, ocr
-
-
-def add_command(commands, function):
-    """The command that calls `function`, described by its docstring; a source has `convert`'s options too."""
-    called = (function, convert) if function in SOURCES else (function,)
-    about = "\n\n".join(map(inspect.getdoc, called))
-    command = commands.add_parser(function.__name__, help=about.split("\n\n")[0], description=about,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    command.set_defaults(function=function)
-    for name, parameter in itertools.chain(*(inspect.signature(call).parameters.items() for call in called)):
-        kind, default = parameter.annotation, parameter.default
-        if name == "root":
-            command.add_argument(name, type=kind)
-        elif kind is bool:
-            command.add_argument(f"--{name}", action="store_true")
-        elif kind is not parameter.empty:  # a type, or a tuple of choices
-            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            command.add_argument(f"--{name}", default=default, required=default is parameter.empty, **how)
-
-
 def main(argv=None):
-    """Read the command line and do what it says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line and do what it says. A parameter's annotation is the type of its option, or
+    Literal for a choice; without one it has no option. A source has `convert`'s options, too."""
+    sources = crowdhuman, citypersons, widerpedestrian, uavdt, coco, refcoco, pixmo_count, ocr
+    raw = argparse.RawDescriptionHelpFormatter  # docstrings as they are
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True)
-    for function in (synthetic, tiny, *SOURCES):
-        add_command(commands, function)
+    for function in (synthetic, tiny, *sources):
+        called = (function, convert) if function in sources else (function,)
+        about = "\n\n".join(map(inspect.getdoc, called))
+        command = commands.add_parser(function.__name__, help=about.split("\n\n")[0], description=about,
+                                      formatter_class=raw, allow_abbrev=False)
+        command.set_defaults(function=function)
+        options = itertools.chain(*(inspect.signature(call).parameters.items() for call in called))
+        for name, parameter in options:
+            kind, default = parameter.annotation, parameter.default
+            required = default is parameter.empty
+            if name == "root":
+                command.add_argument(name, type=kind)
+            elif kind is not parameter.empty:
+                how = {"choices": get_args(kind)} if get_args(kind) else {"type": kind}
+                shown = "required" if required else f"default: {'see above' if default is None else default}"
+                command.add_argument(f"--{name}", default=default, required=required, help=shown, **how)
     args = vars(parser.parse_args(argv))
     function, out = args.pop("function"), args["out"]
     own = {name: args.pop(name) for name in inspect.signature(function).parameters if name in args}
     try:
         made = function(**own)
-        if function in SOURCES:
+        if function in sources:
             read = [value.resolve() for value in own.values() if isinstance(value, Path)]
             if out.is_dir() or out.resolve() in read or out.exists() and out.suffix != ".jsonl":
                 raise SystemExit(f"--out {out} is a folder or a file to read; only a .jsonl is replaced")
             if own.get("split") == "train" and not args["max_boxes"]:
-                args["max_boxes"] = MAX_BOXES
+                args["max_boxes"] = 40  # a box costs some 21 tokens, and a completion has 1,280
             convert(made, **args)
     except (OSError, ValueError, BrokenExecutor) as error:  # reading has its own messages
         raise SystemExit(f"{out}: {error}") from None

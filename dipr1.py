@@ -9,6 +9,7 @@
     torchrun --nproc_per_node 2 dipr1.py --demo     no GPU, no download: watch a tiny Qwen2.5-VL learn
     torchrun --nproc_per_node 8 dipr1.py            the real thing: Qwen2.5-VL-3B on data/train.jsonl
     python dipr1.py --eval --model DIR --data FILE  precision, recall, F1, AP of a checkpoint
+    python dipr1.py --image FILE --model DIR        answer a picture, or each picture of a folder
     python dipr1.py --help                          every setting
 
 What is unusual here:
@@ -27,7 +28,6 @@ That is the whole method. Loading, data, checkpoints, evaluation and the command
 import argparse
 import bisect
 import contextlib
-import copy
 import functools
 import gc
 import hashlib
@@ -39,6 +39,7 @@ import signal
 import string
 import sys
 import time
+import types
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -51,12 +52,14 @@ from typing import Callable, Literal, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import cross_entropy, linear, pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -64,11 +67,11 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, DynamicCache
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils.logging import disable_progress_bar
 
 import data_prep
-from data_prep import check_count, check_rows, check_size, draw_rows, open_image, read_jsonl, written_whole
+from data_prep import check_count, check_rows, check_size, check_text, draw_rows, open_image, opened
+from data_prep import read_jsonl, reading, written_whole
 
 
 def flag(default, help, least=None, most=sys.float_info.max):
@@ -83,10 +86,12 @@ class Config:
     demo: bool = flag(False, "draw crowds, make a tiny model, train it by SFT and by --method, compare")
     eval: bool = flag(False, "evaluate --model on --data instead of training")
     predictions: str = flag("", "score this predictions.jsonl on --data; needs no model")
-    method: Literal["dip-r1", "perception-r1"] = flag("dip-r1", "what is asked, and what is rewarded")
+    image: str = flag("", "answer this picture, or each picture of this folder, with --model")
+    target: str = flag("person", "what --image looks for; for all else the data say it")
+    method: str = flag("dip-r1", "task of lines that name none: dip-r1, perception-r1 or another of TASKS")
     model: str = flag("Qwen/Qwen2.5-VL-3B-Instruct", "a Qwen2.5-VL: a name on the hub or a folder")
     data: str = flag("data/train.jsonl", "one image per line, as data_prep.py writes it")
-    output_dir: str = flag("runs/dipr1", "where metrics.jsonl, pictures and checkpoints go")
+    output_dir: str = flag("", "what is written goes here, by default to runs/dipr1, runs/eval or runs/demo")
     seed: int = flag(0, "of data order and sampling; on a CPU the same seed repeats a run bit for bit", 0)
     max_pixels: int = flag(1280 * 28 * 28, "larger images are scaled down; 28 x 28 pixels a token", 56 * 56)
 
@@ -114,10 +119,10 @@ class Config:
     gradient_checkpointing: bool = flag(True, "recompute activations: needs a third of the memory")
     tokens_per_forward: int = flag(12_000, "groups share a forward up to this many tokens; more is faster", 1)
     samples: int = flag(8, "answers sampled per image in evaluation, besides the greedy one", 0)
-    picture_every: int = flag(20, "GRPO steps between pictures; 0: none", 0)
+    picture_every: int = flag(20, "steps between pictures of GRPO; 0: none", 0)
     save_every: int = flag(100, "steps between checkpoints; 0: only where SFT and GRPO end", 0)
     keep: int = flag(3, "the newest checkpoints to keep, besides the one that ended SFT; 0: all", 0)
-    resume: bool = flag(False, "go on from the newest complete checkpoint in --output_dir, if there is one")
+    resume: bool = flag(False, "go on from the newest checkpoint in --output_dir, if there is one")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -135,22 +140,19 @@ QUESTION = (  # our reading: we did not have the paper's prompt
     "[x1, y1, x2, y2] in pixels; [] means none. Example:\n<think>Two, one in front of the other.</think>"
     "<look>[[10, 20, 58, 90]]</look><answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>"
 )
-LABELLED = ' Instead of a bare box write {"bbox_2d": [x1, y1, x2, y2], "label": its name}.'
 SECTIONS = ("think", "look", "answer")  # of the template, in order
-nfc = functools.partial(unicodedata.normalize, "NFC")  # one spelling per accented letter
 
 
 @dataclass
 class Response:
     """A parsed completion. `look` and `answer` are boxes (n, 4), x1, y1, x2, y2 in pixels of the resized
-    image, not yet clipped to it: (0, 4) for an empty list, None for one that is missing or not a list."""
+    image: (0, 4) for an empty list, None for one that is missing or not a list."""
 
     think: str | None
     look: np.ndarray | None
     answer: np.ndarray | str | None  # points (n, 2) or text where the task asks for those
     well_formed: bool  # the template's tags, in order, and nothing outside
     complete: bool = False  # and a thought, and every list parses
-    labels: list | None = None  # of the rows of `answer`, a string or None each
 
 
 def section(text, name):
@@ -161,9 +163,9 @@ def section(text, name):
     return inside if opened and closed else None
 
 
-def parse_rows(text, columns):
-    """A JSON list of boxes (columns 4) or points (2), bare or in Qwen's own form `{"bbox_2d": [1, 2, 3, 4],
-    "label": "person"}`, perhaps in a ``` fence -> ((n, columns), n labels or Nones), or (None, None). One row
+def parse_boxes(text, columns=4):
+    """A JSON list of boxes, or of points (columns 2) -> (n, columns); None for anything else. It may stand in
+    a ``` fence, its rows may have Qwen's own form `{"bbox_2d": [1, 2, 3, 4], "label": "person"}`, and one row
     alone is a list of one: models answer so for a single object."""
     text, key = text.strip(), "bbox_2d" if columns == 4 else "point_2d"
     if text.startswith("```") and text.endswith("```"):
@@ -172,39 +174,38 @@ def parse_rows(text, columns):
         rows = json.loads(text)
         if not isinstance(rows, list) or rows and not isinstance(rows[0], (list, dict)):
             rows = [rows]  # one row that is not in a list
-        rows = [row if isinstance(row, dict) else {key: row} for row in rows]
-        labels = [row.get("label") for row in rows]
-        labels = [label if label is None else nfc(str(label)) for label in labels]
-        return check_rows(key, [row.get(key) for row in rows], columns), labels
+        rows = [row.get(key) if isinstance(row, dict) else row for row in rows]
+        return check_rows(key, rows, columns)
     except (ValueError, RecursionError):
-        return None, None
+        return None
 
 
-def parse_boxes(text):
-    """`[[1, 2, 3, 4], ...]`, or the same in Qwen's form -> (n, 4), or None."""
-    return parse_rows(text, 4)[0]
+def follows_template(text, names=SECTIONS, columns=4):
+    """Are the template's tags there, once each and in order, and nothing but white space outside of them?
+
+    `<look>[]</look> <answer>[]</answer>` splits into "", <look>, [], </look>, " ", <answer>, [], </answer>,
+    "": texts and tags by turns, of which every fourth piece lies outside.
+    """
+    tags = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
+    if not columns:  # a page of text may hold anything, the tags too
+        return text.strip().startswith(tags[0]) and text.strip().endswith(tags[1])
+    pieces = re.split("(" + "|".join(tags) + ")", text)
+    return pieces[1::2] == tags and not "".join(pieces[::4]).strip()
 
 
 def parse_response(text, names=SECTIONS, columns=4):
     """A completion -> Response. Never raises; linear in the length of the text.
 
     `names` are the template's sections, `columns` the numbers per row of the answer; 0: the answer is text.
-    Well-formed: exactly the template's tags, in order, and nothing but white space outside the sections. In
-    a malformed completion a section is still read: a right answer stays right.
+    In a malformed completion a section is still read: a right answer stays right.
     """
     think, look, answer = (section(text, name) for name in SECTIONS)
-    tags, labels = [f"<{slash}{name}>" for name in names for slash in ("", "/")], None
-    if columns:
-        pieces = re.split("(" + "|".join(tags) + ")", text)  # outside, tag, inside, tag, outside, ...
-        well_formed = pieces[1::2] == tags and not "".join(pieces[::4]).strip()
-        answer, labels = (None, None) if answer is None else parse_rows(answer, columns)
-    else:  # a page of text may hold anything, the tags too
-        well_formed = text.strip().startswith(tags[0]) and text.strip().endswith(tags[1])
-        answer = answer and nfc(answer)
     look = None if look is None else parse_boxes(look)
+    answer = parse_boxes(answer, columns) if columns and answer is not None else answer
     found = {"think": (think or "").strip() or None, "look": look, "answer": answer}
+    well_formed = follows_template(text, names, columns)
     complete = well_formed and all(found[name] is not None for name in names)
-    return Response(think, look, answer, well_formed, complete, labels)
+    return Response(think, look, answer, well_formed, complete)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,37 +238,11 @@ def match_boxes(pred, gt, iou_threshold=0.5):
     return rows[paired], cols[paired], iou[rows, cols][paired]
 
 
-def count_ignored(boxes, matched, ignore):
-    """How many unmatched boxes lie more than half inside an ignore region. They are not counted: nothing is
+def left_over(boxes, matched, ignore):
+    """The unmatched boxes (k, 4), less those that lie more than half inside an ignore region: nothing is
     annotated there, so they are neither right nor wrong."""
-    others = np.delete(boxes, matched, axis=0)
-    return int((box_iou(others, ignore, of_first=True) > 0.5).any(axis=1).sum())
-
-
-def crowds(boxes, iou_threshold=0.2):
-    """(n, 4) -> (k, 4): a box around each cluster of boxes that overlap by more than this IoU."""
-    k, cluster = connected_components(box_iou(boxes, boxes) > iou_threshold, directed=False)
-    members = [boxes[cluster == number] for number in range(k)]
-    return as_boxes([[*m[:, :2].min(axis=0), *m[:, 2:].max(axis=0)] for m in members if len(m) > 1])
-
-
-def against_truth(pred, truth, ignore, pred_labels, record, width, height):
-    """Boxes as rewards and figures compare them -> (pred clipped to the image, truth, ignore).
-
-    Where the record has several classes, each class is moved to a place of its own, so that boxes of
-    different labels cannot overlap (as in torchvision's batched_nms): no other function knows of labels.
-    """
-    pred = as_boxes(pred).clip(0, [width, height, width, height])  # one entirely outside is empty, and counts
-    if "labels" not in record:
-        return pred, truth, ignore
-    classes = sorted({*record["labels"], *record["ignore_labels"]})
-    place = {label: 2 * width * number for number, label in enumerate(classes)}
-
-    def moved(boxes, labels):
-        shift = np.array([place.get(label, -2 * width) for label in labels]).reshape(-1, 1)
-        return boxes + shift * [1, 0, 1, 0]
-
-    return moved(pred, pred_labels), moved(truth, record["labels"]), moved(ignore, record["ignore_labels"])
+    others = np.delete(as_boxes(boxes), matched, axis=0)
+    return others[~(box_iou(others, ignore, of_first=True) > 0.5).any(axis=1)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,7 +304,8 @@ def accuracy_reward(pred, gt, ignore=None, recall_weight=0.8, iou_threshold=0.5)
     about half the precision, so the policy turns cautious - precision up, recall down. Hence w = 0.8.
     """
     pred_idx, _, _ = match_boxes(pred, gt, iou_threshold)
-    tp, n_pred, n_gt = len(pred_idx), len(pred) - count_ignored(pred, pred_idx, ignore), len(gt)
+    tp, n_gt = len(pred_idx), len(gt)
+    n_pred = tp + len(left_over(pred, pred_idx, ignore))
     if n_pred == 0 or n_gt == 0:
         return float(n_pred == n_gt)
     return (1 - recall_weight) * tp / n_pred + recall_weight * tp / n_gt
@@ -351,9 +327,9 @@ def counting_reward(pred, truth, width, height):
     """(n, 2) points against one on each of m instances (m, 2), paired by the Hungarian algorithm -> [0, 1].
 
     Every point or instance left over counts as distance 1, and so does a pair farther apart than the image's
-    diagonal. No points where nothing is: 1. NaN where only the number of instances is known (truth None).
+    diagonal. No points where nothing is: 1. NaN where only the number of instances is known: m rows of NaN.
     """
-    if truth is None:
+    if np.isnan(truth).any():
         return float("nan")
     if not len(pred) or not len(truth):
         return float(len(pred) == len(truth))
@@ -377,7 +353,7 @@ def levenshtein(a, b):
 # r = 1 - levenshtein(pred, truth) / max(|pred|, |truth|)
 def ocr_reward(pred, truth):
     """Two strings, compared without surrounding white space -> [0, 1]; two empty ones earn 1."""
-    pred, truth = pred.strip(), truth.strip()
+    pred, truth = (unicodedata.normalize("NFC", text).strip() for text in (pred, truth))  # as written
     return 1 - levenshtein(pred, truth) / max(len(pred), len(truth), 1)
 
 
@@ -386,12 +362,12 @@ def detection_reward(pred, truth, ignore=None):
     """(n, 4) boxes against m truths (m, 4), paired so that the total IoU is largest -> [0, 1]. Unmatched
     predictions in an ignore region are not counted, as in DIP-R1. Nothing there and nothing predicted: 1."""
     pred_idx, _, ious = match_boxes(pred, truth, 0)
-    count = max(len(pred) - count_ignored(pred, pred_idx, ignore), len(truth))
+    count = max(len(pred_idx) + len(left_over(pred, pred_idx, ignore)), len(truth))
     return float(ious.sum() / count) if count else 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The two methods on one screen: a row per task. Whatever depends on method or task asks this table
+# The two methods on one screen: a row per task. Whatever depends on the task asks this table
 
 
 @dataclass(frozen=True)
@@ -399,64 +375,51 @@ class Task:
     """What is asked, how it is answered, what an evaluation reports of it, and what an answer earns."""
 
     question: str
-    sections: tuple  # of the template, in order
+    sections: tuple  # of the template, in order: some of SECTIONS
     broken_format: float  # the format reward where the form is wrong; a right form earns 1
     truth: str  # the field of a record that holds the truth
     columns: int  # numbers per row of the answer: 4 a box, 2 a point, 0 the answer is text
-    figures: Callable  # [(answer, truth, ignore, labels, record)] of all images -> {name: value}
-    reward: Callable  # (prompt, answer, truth, ignore, recall weight) -> [0, 1]; NaN for a bare count
+    figures: Callable  # [(answer, truth, ignore, target)] of all images -> {name: value}, NaN: not defined
+    reward: Callable  # (answer, prompt, recall weight) -> [0, 1]; NaN where the truth is a bare count
 
 
-TASKS = {  # the figures' functions are defined with the evaluation, further down: hence the lambdas
-    ("dip-r1", "detection"): Task(
+TASKS = {  # a record names its task, or has that of `--method`; figures are defined below: hence the lambdas
+    "dip-r1": Task(
         QUESTION, SECTIONS, 0.0, "boxes", 4, lambda images: detection_figures(images),
-        lambda prompt, pred, truth, ignore, w: accuracy_reward(pred, truth, ignore, w)),
-    ("perception-r1", "detection"): Task(
+        lambda pred, prompt, w: accuracy_reward(pred, prompt.truth, prompt.ignore, w)),
+    "perception-r1": Task(
         "Find every {target} in the image. List one box for each between <answer> and </answer>. Boxes are a "
         "JSON list of [x1, y1, x2, y2] in pixels; [] means none. Example:\n"
         "<answer>[[10, 20, 40, 88], [31, 24, 58, 90]]</answer>",
         ("answer",), -1.0, "boxes", 4, lambda images: detection_figures(images),
-        lambda prompt, pred, truth, ignore, w: detection_reward(pred, truth, ignore)),
-    ("perception-r1", "grounding"): Task(
+        lambda pred, prompt, w: detection_reward(pred, prompt.truth, prompt.ignore)),
+    "grounding": Task(
         "Find {target} in the image. Give its one box between <answer> and </answer>, as a JSON list of "
         "[x1, y1, x2, y2] in pixels. Example:\n<answer>[[31, 24, 58, 90]]</answer>",
         ("answer",), -1.0, "boxes", 4, lambda images: grounding_figures(images),
-        lambda prompt, pred, truth, ignore, w: grounding_reward(pred, truth)),
-    ("perception-r1", "counting"): Task(
+        lambda pred, prompt, w: grounding_reward(pred, prompt.truth)),
+    "counting": Task(
         "Count every {target} in the image. List one point on each between <answer> and </answer>. Points "
         "are a JSON list of [x, y] in pixels; [] means none. Example:\n<answer>[[25, 54], [45, 57]]</answer>",
         ("answer",), -1.0, "points", 2, lambda images: counting_figures(images),
-        lambda prompt, pred, truth, ignore, w: counting_reward(pred, truth, prompt.width, prompt.height)),
-    ("perception-r1", "ocr"): Task(
+        lambda pred, prompt, w: counting_reward(pred, prompt.truth, *prompt.size)),
+    "ocr": Task(
         "Read the image. Write its text between <answer> and </answer>.",
         ("answer",), -1.0, "transcript", 0, lambda images: ocr_figures(images),
-        lambda prompt, pred, truth, ignore, w: ocr_reward(pred, truth)),
+        lambda pred, prompt, w: ocr_reward(pred, prompt.truth)),
 }
-
-
-def task_of(record):
-    """The row of TASKS that a record belongs to."""
-    return TASKS[record["method"], record["task"]]
 
 
 def group_rewards(group, recall_weight):
     """(G, 3): the format, look and accuracy reward of each completion. Perception-R1 asks for no look, and
     its answer reward stands in the place of the accuracy."""
-    prompt, task = group.prompt, task_of(group.prompt.record)
-
-    def answer_reward(response):
-        if response.answer is None and prompt.truth is not None:  # of a bare count every answer earns NaN
-            return 0.0
-        triple = response.answer, prompt.truth, prompt.ignore
-        if task.columns == 4:
-            triple = against_truth(*triple, response.labels, prompt.record, prompt.width, prompt.height)
-        return task.reward(prompt, *triple, recall_weight)
-
-    form = [1.0 if response.complete else task.broken_format for response in group.responses]  # format_reward
-    look = np.zeros(len(form))
+    prompt, task, responses = group.prompt, group.prompt.task, group.responses
+    form = [1.0 if r.complete else task.broken_format for r in responses]  # format_reward
+    look = np.zeros(len(responses))
     if "look" in task.sections:
-        look = look_rewards(group.responses, prompt.width, prompt.height)
-    return torch.tensor(np.stack([form, look, [answer_reward(r) for r in group.responses]], axis=1))
+        look = look_rewards(responses, *prompt.size)
+    answer = [0.0 if r.answer is None else task.reward(r.answer, prompt, recall_weight) for r in responses]
+    return torch.tensor(np.stack([form, look, answer], axis=1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -506,21 +469,20 @@ class Prompt:
 
     index: int  # its line in the data: a part of the seed that it is sampled with
     record: dict
+    task: Task  # what the record asks: its row of TASKS
     ids: torch.Tensor  # (L,) the chat, one <|image_pad|> for each visual token
     positions: torch.Tensor  # (3, L) M-RoPE: time, row, column
     pixels: torch.Tensor  # (patches, 1176) what the vision tower reads
     grid: torch.Tensor  # (1, 3) patches in time, height, width
-    width: int
-    height: int
-    truth: np.ndarray | str | None  # boxes (n, 4), points (n, 2) or text; None: only a count is known
+    size: tuple  # (width, height)
+    truth: np.ndarray | str  # boxes (n, 4), points (n, 2) or text
     ignore: np.ndarray  # (m, 4)
-    weight: float = 1.0  # of its loss; 0 if its image could not be opened
     features: torch.Tensor | None = None  # (visual tokens, D), kept where the tower runs once per step
 
     def to(self, device):
         """The same prompt with its tensors on a device."""
-        names = ("ids", "positions", "pixels", "grid")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, ids=self.ids.to(device), positions=self.positions.to(device),
+                       pixels=self.pixels.to(device), grid=self.grid.to(device))
 
 
 @dataclass
@@ -541,73 +503,65 @@ class Group:
 
     @functools.cached_property
     def responses(self):
-        task = task_of(self.prompt.record)
-        return [parse_response(text, task.sections, task.columns) for text in self.texts]
+        """The texts, parsed; boxes are clipped to the image. One entirely outside is empty, and counts."""
+        task, size = self.prompt.task, self.prompt.size
+        responses = [parse_response(text, task.sections, task.columns) for text in self.texts]
+        for response in responses:
+            if task.columns == 4 and response.answer is not None:
+                response.answer = response.answer.clip(0, size + size)
+        return responses
 
 
-def to_model_space(boxes, size, grid):
-    """Boxes (n, 4) or points (n, 2) in pixels of an image of size (W, H) -> pixels of its resized copy, in
-    which Qwen2.5-VL is trained to answer.
-
-    Each axis has its own scale: both sides are rounded to multiples of 28 (1920 x 1080 becomes 1316 x 728).
-    """
-    _, rows, columns = grid.flatten().tolist()
-    boxes, scale = np.asarray(boxes, float), [14 * columns / size[0], 14 * rows / size[1]]
-    return boxes * np.tile(scale, boxes.shape[-1] // 2)
-
-
-def to_image_space(boxes, size, grid):
-    """The way back: `to_image_space(to_model_space(b, size, grid), size, grid)` is b."""
-    return boxes / to_model_space(np.ones_like(boxes), size, grid)
+def rescaled(rows, size, new_size):
+    """Boxes (n, 4) or points (n, 2) in pixels of an image of `size` (W, H) -> in those of its resized copy,
+    in which Qwen2.5-VL is trained to answer, or back. Each axis has its own scale: both sides are rounded to
+    multiples of 28 (1920 x 1080 becomes 1316 x 728)."""
+    rows = np.asarray(rows, float)
+    return rows * np.tile(np.divide(new_size, size), rows.shape[-1] // 2)
 
 
 class Encoder:
     """Records to prompts and truths to target texts: all that needs the tokenizer or the image processor."""
 
-    def __init__(self, model, tokenizer, image_processor):
+    def __init__(self, model, tokenizer, image_processor, folder):
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.plain = copy.deepcopy(tokenizer)  # for special tokens as text; switching one is not thread-safe
+        self.folder = folder  # where they were loaded from; checkpoints copy its small files
         self.chat = functools.lru_cache(maxsize=1024)(self.chat)
         self.rope_index, self.device = model.model.get_rope_index, model.device
         self.image_token = model.config.image_token_id
         eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
         self.eos = [eos] if isinstance(eos, int) else list(eos)  # Qwen2.5-VL has two
 
-    def prompt(self, index, record, image=None):
-        """Read the image and build the chat around it -> Prompt, on the CPU. OSError if the image cannot be
-        opened, SystemExit if it has another size than its line in the data says."""
-        image = open_image(record["path"]) if image is None else image
-        said = record["width"], record["height"]
-        if image.size != said:
-            raise SystemExit(f"{record['path']} is {image.size}, but its line in the data says {said}")
-        grid, width, height, truth, ignore = self.to_model(record)
-        question = task_of(record).question.format(target=record["target"])
-        ids, positions = self.chat(question + LABELLED * ("labels" in record), height // 14, width // 14)
-        pixels = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        return Prompt(index, record, ids, positions, pixels, grid, width, height, truth, ignore)
-
-    def to_model(self, record):
-        """A record in model space, without opening its image -> (grid, width, height, truth, ignore)."""
-        limits, size = self.image_processor.size, (record["width"], record["height"])
-        height, width = smart_resize(*size[::-1], 28, limits["shortest_edge"], limits["longest_edge"])
-        grid, truth = torch.tensor([[1, height // 14, width // 14]]), record["truth"]
-        truth = to_model_space(truth, size, grid) if isinstance(truth, np.ndarray) else truth
-        return grid, width, height, truth, to_model_space(record["ignore"], size, grid)
+    def prompt(self, index, record):
+        """Read the image and build the chat around it -> Prompt, on the CPU. SystemExit if the image cannot
+        be opened, or has another size than its line in the data says."""
+        size = record["width"], record["height"]
+        try:
+            image = open_image(record["path"])
+            if image.size != size:
+                raise OSError(f"it has {image.size} pixels, but its line in the data says {size}")
+        except OSError as error:
+            raise SystemExit(f"{record['path']}: {error}. Repair it; --resume goes on") from None
+        task, truth = TASKS[record["task"]], record["truth"]
+        seen = self.image_processor([image], return_tensors="pt")
+        _, rows, columns = seen["image_grid_thw"][0].tolist()
+        ids, positions = self.chat(task.question.replace("{target}", record["target"]), rows, columns)
+        new_size, pixels, grid = (14 * columns, 14 * rows), seen["pixel_values"], seen["image_grid_thw"]
+        truth = rescaled(truth, size, new_size) if task.columns else truth
+        ignore = rescaled(record["ignore"], size, new_size)
+        return Prompt(index, record, task, ids, positions, pixels, grid, new_size, truth, ignore)
 
     def chat(self, question, rows, columns):
         """The question about an image of rows x columns patches -> ids (L,), M-RoPE positions (3, L)."""
-        before, after = CHAT.split("{question}")
-        before = before.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches
-        ids = self.tokens(before, special=True) + self.tokens(question) + self.tokens(after, special=True)
-        ids, grid = torch.tensor([ids]), torch.tensor([[1, rows, columns]])
+        text = CHAT.replace("<|image_pad|>", "<|image_pad|>" * (rows * columns // 4))  # 2 x 2 patches each
+        ids, grid = self.tokens(text.replace("{question}", question)), torch.tensor([[1, rows, columns]])
         # Without the token types positions would silently be 1-D, and the model blind to where things are.
-        positions, _ = self.rope_index(ids, (ids == self.image_token).int(), grid)
-        return ids[0], positions[:, 0]
+        positions, _ = self.rope_index(ids[None], (ids == self.image_token).int()[None], grid)
+        return ids, positions[:, 0]
 
-    def tokens(self, text, special=False):
-        """Text -> ids. Special tokens are read as such only where asked for: a label may hold any string."""
-        tokenizer = self.tokenizer if special else self.plain
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+    def tokens(self, text):
+        """Text -> ids (L,)."""
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, completion):
         """Token ids -> text, less the closing EOS. Other special tokens stay visible and break the format."""
@@ -620,46 +574,18 @@ class Encoder:
         closed = lambda n: "</look>" in self.tokenizer.decode(completion[:n])  # false up to some n, then true
         return min(bisect.bisect_left(range(len(completion) + 1), True, key=closed), len(completion))
 
-    def target(self, index, record):
-        """The supervised target (n,): the truth in the task's template, boxes from left to right, and EOS."""
-        task, (_, width, height, truth, _) = task_of(record), self.to_model(record)
-        answer = truth
+    def target(self, prompt):
+        """The supervised target (n,): the truth in the task's template, boxes from left to right, and EOS.
+        What the look is, nobody annotated: `weak_look`, further down, with the data."""
+        task, truth, answer = prompt.task, prompt.truth, prompt.truth
         if task.columns:
-            order = np.argsort(truth[:, 0], kind="stable")
-            answer = truth[order].round().astype(int)
-            if task.columns == 4:  # a box thinner than a pixel keeps one, inside the image
-                answer[:, :2] = np.minimum(answer[:, :2], [width - 1, height - 1])
-                answer[:, 2:] = np.maximum(answer[:, 2:], answer[:, :2] + 1)
-            answer = answer.tolist()
-            if "labels" in record:
-                names = [record["labels"][i] for i in order]
-                answer = [{"bbox_2d": box, "label": name} for box, name in zip(answer, names)]
-            # Escape "<", which could close a section, and combining accents, which the tokenizer's NFC joins.
-            answer = json.dumps(answer, ensure_ascii=False)
-            answer = re.sub("[<\u0300-\u036f]", lambda found: f"\\u{ord(found[0]):04x}", answer)
+            answer = as_written(truth[np.argsort(truth[:, 0], kind="stable")])
         text = f"<answer>{answer}</answer>"
         if "look" in task.sections:
-            look = weak_look(truth, width, height, index).round().astype(int).tolist()
-            text = f"<think>{len(truth)} in sight, {len(look)} to look at</think><look>{look}</look>{text}"
-        return torch.tensor(self.tokens(text) + self.eos[:1], device=self.device)
-
-
-def weak_look(truth, width, height, seed):
-    """The supervised look at boxes (n, 4) -> (k, 4): a weak label, our reading, since nothing is annotated.
-
-    A region around each cluster of overlapping boxes, left out with probability 1/4; with probability 1/2 one
-    more at a random place, each side a quarter to half of the image's; drawn once per image. So the answer
-    learns to trust the image and not the look. If it copied boxes from the look, or took a region as proof of
-    a crowd, it would invent boxes as soon as GRPO teaches the look to point at doubtful places.
-    """
-    rng = np.random.default_rng(seed)
-    look = crowds(truth)
-    look = look[rng.random(len(look)) < 0.75]
-    if rng.random() < 0.5:
-        size = rng.uniform(0.25, 0.5, 2) * [width, height]
-        corner = rng.uniform(0, [width, height] - size)
-        look = np.vstack([look, [*corner, *(corner + size)]])
-    return look[np.argsort(look[:, 0], kind="stable")]
+            look = weak_look(truth, *prompt.size, prompt.index).round()
+            think = f"{len(truth)} in sight, {len(look)} to look at"
+            text = f"<think>{think}</think><look>{as_written(look)}</look>{text}"
+        return torch.cat([self.tokens(text), torch.tensor(self.eos[:1])]).to(self.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -668,8 +594,7 @@ def weak_look(truth, width, height, seed):
 
 @dataclass
 class Packed:
-    """Groups, one behind the other and without padding: [ prompt | o_1 | .. | o_G | prompt | o_1 | .. ], T
-    tokens in all."""
+    """Groups, end to end without padding: [ prompt | o_1 | .. | o_G | prompt | o_1 | .. ], T tokens."""
 
     ids: torch.Tensor  # (T,)
     positions: torch.Tensor  # (3, T); a completion starts one past its prompt's largest, as if it were alone
@@ -678,8 +603,14 @@ class Packed:
 
 
 def pack(groups):
-    """Lay groups out for one forward -> Packed. A prompt p p p of text with the completions [a b] and [c]
-    becomes p p p a b c, at positions 0 1 2 3 4 3, predicted from the places [2 3] and [2]."""
+    """Lay groups out for one forward -> Packed. A prompt p q r of text with the completions [a b] and [c]:
+
+        place            0    1    2    3    4    5
+        ids              p    q    r    a    b    c
+        position         0    1    2    3    4    3
+        predicted from                  2    3    2
+        may see          p    pq   pqr  pqra pqrab pqrc
+    """
     ids, positions, sources, lengths, at = [], [], [], [], 0
     for group in groups:
         prompt, device = group.prompt, group.prompt.ids.device
@@ -699,15 +630,9 @@ def pack(groups):
 # o = softmax(q k^T / sqrt(D') + M) v,   M = 0 where the key's token is not later than the query's, else -inf
 def attend(query, key, value):
     """q (1, H, Q, D'), k and v (1, H', K, D') -> (1, Q, H, D'). The queries are those of the last Q of the K
-    tokens; heads share keys, H' <= H."""
-    Q, K, mask = query.shape[2], key.shape[2], None
-    if Q < K:
-        mask = torch.ones(Q, K, dtype=torch.bool, device=query.device).tril(K - Q)
-        if query.is_cuda:  # CUDA's fused kernels with a mask do not support shared heads
-            shared = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    out = scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
+    tokens; heads share keys, H' <= H. On a GPU this form of the mask is never written out."""
+    mask = causal_lower_right(query.shape[2], key.shape[2])
+    return scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
 
 
 def tree_attention(module, query, key, value, packed, **options):
@@ -716,7 +641,7 @@ def tree_attention(module, query, key, value, packed, **options):
 
     A token of the prompt attends to the prompt, a token of o_i to the prompt and to o_i. Exact, and cheaper
     than a mask over the whole sequence: what siblings would contribute has weight 0 and is not computed, and
-    no (T, T) mask exists. transformers calls this in every layer.
+    no (T, T) mask exists.
     """
     out, flat = [], [n for lengths in packed.lengths for n in lengths]
     parts = zip(*(x.split(flat, dim=2) for x in (query, key, value)))
@@ -727,6 +652,12 @@ def tree_attention(module, query, key, value, packed, **options):
             q, k, v = next(parts)
             out.append(attend(q, torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)))
     return torch.cat(out, dim=1), None
+
+
+# Every layer calls the function registered under the decoder's `attn_implementation`, and hands it the
+# `attention_mask` that the decoder was given, as it is: we give the layout in the place of a (T, T) mask.
+AttentionInterface.register("tree", tree_attention)
+in_place_of_mask = lambda packed: {"full_attention": packed}  # a dict by kind of layer; Qwen's are all of one
 
 
 # log pi(y) = z_y - log sum_v exp z_v,    z = W h / temperature + b
@@ -752,8 +683,9 @@ class Policy(nn.Module):
     def __init__(self, model, tokenizer, temperature=1.0):
         super().__init__()
         self.model, self.temperature = model, temperature
-        AttentionInterface.register("tree", tree_attention)
         model.model.language_model.set_attn_implementation("tree")
+        if model.device.type == "cuda":
+            without_convolution(model.model.visual.patch_embed)
         config = model.config
         # A sampled image token would have no image; ids beyond the tokenizer have no text.
         # A bias of -1e4 takes their probability to exactly 0; with -inf a target among them would be NaN.
@@ -786,8 +718,7 @@ class Policy(nn.Module):
         embeds = embeds.index_copy(0, visual, features.to(embeds.dtype))
         hidden = self.model.model.language_model(
             inputs_embeds=embeds[None], position_ids=packed.positions[:, None],
-            past_key_values=cache, use_cache=cache is not None,
-            attention_mask={"full_attention": packed},  # a dict is passed on to the layers as it is
+            attention_mask=in_place_of_mask(packed), past_key_values=cache, use_cache=cache is not None,
         ).last_hidden_state[0]
         return packed, hidden
 
@@ -797,11 +728,6 @@ class Policy(nn.Module):
         targets = torch.cat([completion for group in groups for completion in group.completions])
         logp = token_logprobs(*self.head(hidden[packed.sources]), targets)
         return logp.split([group.n_tokens for group in groups])
-
-
-def unwrap(policy):
-    """The Policy inside DDP, or the policy itself."""
-    return getattr(policy, "module", policy)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -823,42 +749,64 @@ def inverse_cdf(logprobs, uniform):
     """
     cdf = logprobs.exp().cumsum(-1)  # up to 1, but for rounding
     sampled = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    sampled = sampled.clamp(max=logprobs.shape[-1] - 1)  # of NaN it would be V; `check_finite` tells
     return torch.where(uniform.isnan(), logprobs.argmax(-1), sampled)
 
 
-def prefill(policy, prompts, copies, room):
-    """Read every prompt once, and make `copies` rows of each, with `room` empty columns behind them.
+@dataclass
+class Rows:
+    """The completions that are being written, one a row, B in all."""
 
-    Returns the log-probabilities (B, V) of the first token, B = prompts x copies; the cache, for each layer
-    keys and values (B, H', L + room, D'); and visible (B, 1, 1, L + room), the columns that hold a token.
-    The cache is padded on the right to the longest prompt, L.
+    number: torch.Tensor  # (B,) which of the P x G completions it is
+    start: torch.Tensor  # (B,) the position of its first token: one past its prompt's largest
+    running: torch.Tensor  # (B,) no EOS has been written yet
+    mask: torch.Tensor  # (B, 1, 1, C) 0 at the columns of the cache that hold a token, else -inf
+    cache: list  # for each layer its keys and values, both (B, H', C, D')
+
+    def keep(self, kept):
+        """Drop all rows but those where `kept` (B,) is True."""
+        cache = [(keys[kept], values[kept]) for keys, values in self.cache]
+        return Rows(self.number[kept], self.start[kept], self.running[kept], self.mask[kept], cache)
+
+
+def prefill(policy, prompts, copies, room):
+    """Read every prompt once, and make `copies` rows of each -> Rows, B = prompts x copies of them, and the
+    log-probabilities (B, V) of their first tokens.
+
+    The cache holds the prompts, on the left, and `room` columns for what is written, on the right.
     """
     prefix = DynamicCache()
     packed, hidden = policy.read([Group(prompt, []) for prompt in prompts], prefix)
     lengths = torch.tensor(packed.lengths, device=hidden.device)[:, 0]
     last = hidden[lengths.cumsum(0) - 1]
     logprobs = linear(*policy.head(last)).float().log_softmax(-1)
+    columns = lengths.max().item() + room
+    columns += -columns % 8 if hidden.is_cuda else 0  # fast kernels want a multiple of 8
 
-    def spread(x):  # (1, H', T, D'), prompts end to end -> (B, H', L + room, D')
+    def spread(x):  # (1, H', T, D'), prompts end to end -> (B, H', C, D')
         by_prompt = [part[0].transpose(0, 1) for part in x.split(lengths.tolist(), dim=2)]
         x = pad_sequence(by_prompt, batch_first=True).transpose(1, 2)
-        return pad(x, (0, 0, 0, room)).repeat_interleave(copies, 0)
+        return pad(x, (0, 0, 0, columns - x.shape[2])).repeat_interleave(copies, 0)
 
     cache = [(spread(layer.keys), spread(layer.values)) for layer in prefix.layers]
-    visible = torch.arange(lengths.max() + room, device=hidden.device) < lengths[:, None]
-    return logprobs.repeat_interleave(copies, 0), cache, visible.repeat_interleave(copies, 0)[:, None, None]
+    empty = torch.arange(columns, device=hidden.device) >= lengths[:, None, None, None]
+    mask = torch.zeros_like(empty, dtype=hidden.dtype).masked_fill(empty, -torch.inf)
+    mask = mask.repeat_interleave(copies, 0)
+    start = torch.stack([prompt.positions.max() + 1 for prompt in prompts]).repeat_interleave(copies)
+    number = torch.arange(len(start), device=hidden.device)
+    return Rows(number, start, number >= 0, mask, cache), logprobs.repeat_interleave(copies, 0)
 
 
 def decode_step(policy, cache):
     """-> a function: one more token per row, token and position (B,) -> log-probabilities (B, V) of the next.
 
-    It writes the token's keys and values to `column` (1,) of the cache and attends to the `visible` columns.
-    This is Qwen2.5-VL's decoder, written out, with the model's own layers: every tensor keeps its address,
-    as CUDA graphs require, and heads that share keys need no copies of them.
+    It writes the token's keys and values to `column` (1,) of the cache and attends where `mask` is 0. This
+    is Qwen2.5-VL's decoder, written out, with the model's own layers: every tensor keeps its address, as CUDA
+    graphs require, and heads that share keys need no copies of them.
     """
     decoder = policy.model.model.language_model
 
-    def step(token, position, column, visible):
+    def step(token, position, column, mask):
         x = decoder.embed_tokens(token)
         angles = decoder.rotary_emb(x, position[:, None])  # of a text token all three axes agree
         for layer, (keys, values) in zip(decoder.layers, cache):
@@ -869,7 +817,7 @@ def decode_step(policy, cache):
             keys.index_copy_(2, column, k)
             values.index_copy_(2, column, v)
             q = q.reshape(len(q), keys.shape[1], -1, attention.head_dim)  # (B, H', H / H', D')
-            o = scaled_dot_product_attention(q, keys, values, visible)
+            o = scaled_dot_product_attention(q, keys, values, mask)
             x = x + attention.o_proj(o.flatten(1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         h, weight, bias = policy.head(decoder.norm(x))
@@ -891,31 +839,27 @@ def rollout(policy, encoder, prompts, uniforms):
     torch.cuda.empty_cache()  # gives back the memory of the last rollout's CUDA graphs
     device, (_, G, max_new_tokens) = policy.model.device, uniforms.shape
     uniforms, eos = uniforms.flatten(0, 1).to(device), torch.tensor(encoder.eos, device=device)
-    logprobs, cache, visible = prefill(policy, prompts, G, max_new_tokens)
-    first = torch.stack([p.positions.max() + 1 for p in prompts]).repeat_interleave(G)  # position of token 0
-    column = torch.tensor([visible.shape[-1] - max_new_tokens], device=device)  # behind the prompts
-    tokens = torch.zeros(len(first), max_new_tokens, dtype=torch.long, device=device)
-    chosen = torch.zeros(len(first), max_new_tokens, device=device)  # log-probabilities of the tokens
-    lengths, rows = torch.zeros_like(first), torch.arange(len(first), device=device)
-    running = torch.ones_like(rows, dtype=torch.bool)  # which of the rows have no EOS yet
+    tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)  # (P x G, max_new_tokens)
+    chosen = torch.zeros(uniforms.shape, device=device)  # the log-probabilities of the tokens
+    lengths = torch.zeros(len(tokens), dtype=torch.long, device=device)
+    rows, logprobs = prefill(policy, prompts, G, max_new_tokens)
+    column = torch.tensor([rows.mask.shape[-1] - max_new_tokens], device=device)  # behind the prompts
     decode = None  # built in the loop, and anew whenever rows are dropped
     for t in range(max_new_tokens):
-        token = inverse_cdf(logprobs, uniforms[rows, t])
-        tokens[rows, t], chosen[rows, t] = token, logprobs.gather(1, token[:, None])[:, 0]
-        lengths[rows] += running  # EOS is the last token of a completion
-        running &= ~torch.isin(token, eos)
-        n_running = running.sum().item()  # in most steps the only place where the CPU waits for the GPU
+        token = inverse_cdf(logprobs, uniforms[rows.number, t])
+        tokens[rows.number, t], chosen[rows.number, t] = token, logprobs.gather(1, token[:, None])[:, 0]
+        lengths[rows.number] += rows.running  # EOS is the last token of a completion
+        rows.running &= ~torch.isin(token, eos)
+        n_running = rows.running.sum().item()  # in most steps the only place where the CPU waits for the GPU
         if n_running == 0 or t + 1 == max_new_tokens:
             break
-        if n_running <= len(rows) // 2:
-            rows, token, visible, first = (x[running] for x in (rows, token, visible, first))
-            cache = [(keys[running], values[running]) for keys, values in cache]
-            running, decode = torch.ones_like(rows, dtype=torch.bool), None  # CUDA graphs have fixed shapes
-        visible.index_fill_(-1, column, True)
-        inputs = token, first + t, column, visible
-        if decode is None:
-            decode = decode_step(policy, cache)
-            decode = captured(decode, *inputs) if device.type == "cuda" else decode  # as a CUDA graph
+        if n_running <= len(token) // 2:
+            token, rows, decode = token[rows.running], rows.keep(rows.running), None
+        rows.mask.index_fill_(-1, column, 0)
+        inputs = token, rows.start + t, column, rows.mask
+        if decode is None:  # a CUDA graph has fixed shapes, and the addresses of one cache
+            decode = decode_step(policy, rows.cache)
+            decode = captured(decode, *inputs) if device.type == "cuda" else decode
         logprobs = decode(*inputs)
         column += 1
     groups = []
@@ -959,11 +903,11 @@ def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
         with policy.no_sync() if local else contextlib.nullcontext():  # around forward and backward both
             loss = 0.0
             for group, logp in zip(together, policy(together)):
-                if group.old_logp is None:  # until the first update, pi_old is pi itself
-                    group.old_logp = logp.detach()
+                if group.old_logp is None:  # the first update: pi_old is pi itself, which is scored here
+                    group.old_logp = logp.detach()  # anyway (scored beforehand, it would cost a forward)
                 terms = logp, group.old_logp, group.ref_logp, group.advantages
                 group_loss, group_stats = grpo_loss(*terms, cfg.clip_eps, cfg.beta)
-                loss = loss + group.prompt.weight * group_loss / len(groups)
+                loss = loss + group_loss / len(groups)
                 stats.append(group_stats | {"nll": -logp.mean().item()})
             loss.backward()
         total += loss.item()
@@ -981,7 +925,7 @@ def update(policy, optimizer, groups, cfg, lr, max_grad_norm=1.0):
 # One completion, the truth, A = 1 and pi_old = pi: rho = 1, and the gradient of -rho A is that of -log pi
 def sft_step(policy, optimizer, encoder, prompts, cfg, lr):
     """One supervised step, which is an update on the truth -> (metrics, groups)."""
-    targets = [encoder.target(prompt.index, prompt.record) for prompt in prompts]
+    targets = [encoder.target(prompt) for prompt in prompts]
     groups = [Group(p, [o], advantages=torch.ones(len(o), device=o.device)) for p, o in zip(prompts, targets)]
     return update(policy, optimizer, groups, cfg, lr), groups
 
@@ -1023,6 +967,7 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
     shape = (cfg.group_size, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, step, prompt.index, shape) for prompt in prompts])
     groups = rollout(unwrap(policy), encoder, prompts, uniforms)
+    check_finite(groups, f"step {cfg.sft_steps + step + 1}")
     rolled_out = time.perf_counter()
 
     rewards = torch.stack([group_rewards(group, cfg.recall_weight) for group in groups])  # (P, G, 3)
@@ -1045,6 +990,8 @@ def grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr):
 # ------------------------------------------------------------------------------------------------------------
 # The method ends here. What it stands on: a loaded model, an optimizer for bf16, a fast decode step
 
+SMALL_FILES = "*.json", "*.jinja", "*.txt"  # of a model's folder: config, tokenizer, chat template, processor
+
 
 def device_of(cfg):
     """Where the model lives: on the current GPU, if there is one. The demo stays on the CPU, where a seed
@@ -1057,24 +1004,46 @@ def setup(cfg):
     reason if it cannot be loaded, or not completely: a weight that is not in the file would be random."""
     device = device_of(cfg)
     try:
-        kind = AutoConfig.from_pretrained(cfg.model).model_type
-        if kind != "qwen2_5_vl":
-            raise ValueError(f"it is a {kind}, not a qwen2_5_vl")
+        folder = Path(cfg.model)
+        if not folder.is_dir():
+            if folder.parent.is_dir():
+                raise OSError("names on the hub are of the form Qwen/Qwen2.5-VL-3B-Instruct")
+            folder = Path(snapshot_download(cfg.model, allow_patterns=[*SMALL_FILES, "*.safetensors"]))
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "qwen2_5_vl":
+            raise ValueError(f"it is a {config.model_type}, not a qwen2_5_vl")
+        if getattr(config, "quantization_config", None):
+            raise ValueError("it is quantised: train the original weights, and quantise what comes out")
+        for path in folder.glob("*.safetensors"):
+            with reading(path):
+                safe_open(path, "pt")  # names a file that is cut short
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            cfg.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True)
+            folder, dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.convert_tokens_to_ids("<|image_pad|>") != model.config.image_token_id:
             raise ValueError("its tokenizer is missing, or belongs to another model")
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(cfg.model)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SystemExit(f"cannot load --model {cfg.model}: {' '.join(str(error).split())[:300]}") from None
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    except Exception as error:  # readers of configurations, weights and tokenizers raise nearly anything
+        name = cfg.model if os.path.isdir(cfg.model) else f"{cfg.model}, which is no folder"
+        raise SystemExit(f"cannot load --model {name}: {' '.join(str(error).split())[:300]}") from None
     image_processor.size["longest_edge"] = cfg.max_pixels  # "edges", in Qwen's config, are areas
     model.model.visual.requires_grad_(not cfg.freeze_vision)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return Policy(model.to(device), tokenizer, cfg.temperature), Encoder(model, tokenizer, image_processor)
+    encoder = Encoder(model.to(device), tokenizer, image_processor, folder)
+    return Policy(model, tokenizer, cfg.temperature), encoder
+
+
+def without_convolution(embed):
+    """Qwen's patch embedding is a convolution whose stride is its kernel, and so one product of each patch
+    with the same weights. On a GPU compute that: in bf16 some versions of cuDNN take seconds to convolve."""
+    def product(embed, pixels):  # (patches, 1176) -> (patches, D)
+        weight = embed.proj.weight.flatten(1)
+        return linear(pixels.to(weight.dtype), weight)
+
+    embed.forward = types.MethodType(product, embed)  # of this module, and of its copies their own
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -1103,11 +1072,10 @@ class MasterAdamW(torch.optim.AdamW):
 def make_optimizer(policy):
     """AdamW, its 12 bytes per weight (fp32 copy, two moments) shared out over the ranks."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    options = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if rank_and_world()[1] == 1:  # torchrun or not, so that either can resume the other's checkpoint
-        return MasterAdamW(trained, **options)
-    return ZeroRedundancyOptimizer(  # with bucket views, broadcasts are few and large
-        trained, MasterAdamW, parameters_as_bucket_view=True, **options)
+    several = dist.get_world_size() > 1  # then with bucket views: broadcasts are few and large
+    return ZeroRedundancyOptimizer(
+        trained, MasterAdamW, parameters_as_bucket_view=several, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0,
+        fused=True)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -1116,6 +1084,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 capture_stream = functools.cache(lambda: torch.cuda.Stream())  # one for all: each keeps a cuBLAS workspace
+not_captured = []  # why a capture failed; it is not tried again, since what it took of the memory is lost
 
 
 def captured(step, *inputs):
@@ -1123,12 +1092,13 @@ def captured(step, *inputs):
 
     A step is a thousand small kernels, and Python takes longer to launch them than the GPU to run them; a
     replay launches all at once. It is exact: the same kernels on the same memory. If something in the model
-    cannot be recorded, the step runs as it is, with a warning.
+    cannot be recorded, this step and all later ones run as they are, with a warning.
     """
-    places = [value.clone() for value in inputs]
+    if not_captured:
+        return step
+    places, graph, stream = [value.clone() for value in inputs], torch.cuda.CUDAGraph(), capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
     try:
-        graph, stream = torch.cuda.CUDAGraph(), capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step(*places)  # libraries set themselves up on first use, which must not be recorded
             graph.capture_begin(capture_error_mode="thread_local")  # other threads, such as NCCL's, go on
@@ -1136,10 +1106,14 @@ def captured(step, *inputs):
                 logprobs = step(*places)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
     except RuntimeError as error:
+        if torch.OutOfMemoryError in (type(error), type(error.__context__)):
+            raise
         warnings.warn(f"the decode step is not captured as a CUDA graph, and slower: {error}", stacklevel=2)
+        not_captured.append(error)
         return step
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
 
     def replay(*inputs):
         for place, value in zip(places, inputs):
@@ -1150,83 +1124,91 @@ def captured(step, *inputs):
     return replay
 
 
+def check_finite(groups, when):
+    """SystemExit if the model that wrote these groups is broken: a weight is NaN, or a layer overflows."""
+    if not all(group.rollout_logp.isfinite().all() for group in groups):
+        raise SystemExit(f"{when}: the model's probabilities are not finite; its weights are broken. Go back "
+                         "to an earlier checkpoint (--model, with another --output_dir) and a lower --lr")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Processes, and who reads which part of the data
 
 
-def rank_and_world():
-    """(this process, how many there are); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def print0(*args):
     """Print once, on rank 0."""
-    if rank_and_world()[0] == 0:
+    if dist.get_rank() == 0:
         print(*args, flush=True)
 
 
 def over_ranks(values, reduction="SUM"):
     """Numbers, reduced over the ranks (SUM, MIN, MAX) -> list of floats; the ranks wait for each other."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values, getattr(dist.ReduceOp, reduction))
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values, getattr(dist.ReduceOp, reduction))
     return values.tolist()
 
 
-def barrier():
-    """Wait for the other ranks, if there are any."""
-    over_ranks([0])
-
-
 def join_processes(cfg):
-    """Take a GPU, if there are any, and meet the other processes, if torchrun started this one."""
+    """Take a GPU, if there are any, and meet the other processes, if torchrun started several."""
     if device_of(cfg) == "cuda":
         mine, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if mine >= gpus:
             raise SystemExit(f"there is no GPU for process {mine + 1}: torchrun --nproc_per_node {gpus}")
         torch.cuda.set_device(mine)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and most of ours are new
-    if "RANK" in os.environ and not dist.is_initialized():
-        patience = timedelta(minutes=30)  # if a rank never arrives, stop
+        # Long sums are kept in fp32, so that sampler and scorer round alike.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if dist.is_initialized():
+        return
+    store, rank, world, patience = dist.HashStore(), 0, 1, timedelta(minutes=30)
+    if "RANK" in os.environ:  # torchrun started us; if a rank does not arrive in time, stop
         store, rank, world = next(dist.rendezvous("env://", timeout=patience))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # This store outlives a restart, addresses of dead ranks in it: each start has a part of its own.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "nccl" if device_of(cfg) == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    backend = "nccl" if device_of(cfg) == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+
+
+def parallel(policy):
+    """With several processes, the policy in DDP: its backward averages the gradients over the ranks."""
+    if dist.get_world_size() == 1:  # DDP's copy of the gradients would not fit one GPU
+        return policy
+    options = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)  # no buffer ever changes
+    return nn.parallel.DistributedDataParallel(policy, **options)
+
+
+def unwrap(policy):
+    """The Policy inside DDP, or the policy itself."""
+    return getattr(policy, "module", policy)
 
 
 def as_record(line, method):
     """A line of the data, checked -> a record, with its truth in `truth`. ValueError says what is wrong."""
-    def text(value):
-        if not isinstance(value, str):
-            raise ValueError(f"a text is expected, not {value!r:.40}")
-        value.encode()  # ValueError for half a surrogate pair, which no tokenizer can write
-        return nfc(value)
-
-    record = {"target": "person", "task": "detection", "method": method, "ignore": [], **line}
-    size, task = (record["width"], record["height"]), TASKS.get((record["method"], record["task"]))
+    record = {"target": "person", "task": method, "ignore": [], **line}
+    size, task = (record["width"], record["height"]), TASKS.get(record["task"])
+    if "labels" in record:
+        raise ValueError("labels: write a line for each class instead, with the class as its target")
     if task is None:
-        raise ValueError(f"the task {record['task']!r} does not go with --method {record['method']}")
+        raise ValueError(f"the task {record['task']!r} is none of {', '.join(TASKS)}")
     if not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"width and height are {size}, not positive whole numbers")
     check_size(size)
-    for name, columns in (("boxes", 4), ("ignore", 4), ("points", 2)):
-        if name in record:
-            record[name] = check_rows(name, record[name], columns, *size)
-    for name, rows in (("labels", "boxes"), ("ignore_labels", "ignore")) if "labels" in record else ():
-        record[name] = [text(label) for label in record.get(name, [])]
-        if len(record[name]) != len(record[rows]):
-            raise ValueError(f"{len(record[name])} {name} for {len(record[rows])} {rows}")
-    record |= {name: text(record[name]) for name in ("target", "transcript") if name in record}
-    if "count" in record:  # points are None where their number is known and their places are not
-        check_count(record["count"], record.setdefault("points"))
-    if record["task"] == "grounding" and len(record["boxes"]) != 1:
+    check_text(record["target"])
+    if "count" in record:
+        check_count(record["count"], record.get("points"))
+        record.setdefault("points", None)  # so many, in unknown places
+    truth = record[task.truth]
+    if task.columns == 0:
+        truth = check_text(truth)
+    elif truth is None and "count" in record:
+        truth = np.full((record["count"], task.columns), np.nan)
+    else:
+        truth = check_rows(task.truth, truth, task.columns, *size)
+    if record["task"] == "grounding" and len(truth) != 1:
         raise ValueError("a phrase means one box")
-    if "labels" in record and task.columns != 4:
-        raise ValueError(f"labels are of boxes, which the task {record['task']!r} does not ask for")
-    return record | {"truth": record[task.truth]}
+    return record | {"truth": truth, "ignore": check_rows("ignore", record["ignore"], 4, *size)}
 
 
 def load_records(path, method="dip-r1"):
@@ -1234,16 +1216,24 @@ def load_records(path, method="dip-r1"):
     names the file, the line and what is wrong with it."""
     path = Path(path)
     if not path.is_file():
-        raise SystemExit(
-            f"{path} is not there. Make it from CrowdHuman,\n"
-            f"    python data_prep.py crowdhuman ROOT --split train (or val) --out {path}\n"
-            f"or draw scenes,\n    python data_prep.py synthetic --out data/synthetic\n"
-            f"or see the whole method at work without any data,\n    python dipr1.py --demo")
+        raise SystemExit(f"{path} is not there: make it with data_prep.py (python data_prep.py --help), or "
+                         "see the whole method at work without any data: python dipr1.py --demo")
     located = lambda line: {"path": str(path.parent / line["image"])}
     records = read_jsonl(path, lambda line: as_record(line, method) | located(line))
     if not records:
         raise SystemExit(f"{path} holds no image")
     return records
+
+
+def check_images(records):
+    """Read the header of every image, shared out over the ranks. SystemExit names the first that is missing,
+    is none, or has other sides than its line says (in either order: a camera may have turned it)."""
+    stated = {record["path"]: (record["width"], record["height"]) for record in records}
+    mine = list(stated)[dist.get_rank() :: dist.get_world_size()]
+    for path in tqdm(mine, "checking images", delay=2, disable=dist.get_rank() > 0):  # if it takes long
+        with reading(path), opened(path) as image:
+            if sorted(image.size) != sorted(stated[path]):
+                raise ValueError(f"it has {image.size} pixels, but its line in the data says {stated[path]}")
 
 
 def batch_indices(n, batch, seed, step):
@@ -1252,30 +1242,42 @@ def batch_indices(n, batch, seed, step):
     return [int(order(k // n)[k % n]) for k in range(step * batch, (step + 1) * batch)]
 
 
-def read_ahead(encoder, records, plan, tolerated=0.01):
-    """Yield the prompts of each list of indices in `plan`, while the images of the next list are read. An
-    image that no longer opens is replaced by a grey one of weight 0; SystemExit if this process has lost more
-    than the share `tolerated`."""
-    lost, plan = set(), iter(plan)
-
-    def read(index):
-        record = records[index]
-        try:
-            return encoder.prompt(index, record)
-        except OSError as error:
-            lost.add(index)
-            about = f"{record['path']}: no longer readable ({error}); {len(lost)} lost so far"
-            if len(lost) > tolerated * len(records):
-                raise SystemExit(f"{about}: more than {tolerated:.0%} of the images") from None
-            tqdm.write(about, file=sys.stderr)
-            grey = Image.new("RGB", (record["width"], record["height"]), (128, 128, 128))
-            return replace(encoder.prompt(index, record, grey), weight=0.0)
-
+def read_ahead(encoder, records, plan):
+    """Yield the prompts of each list of indices in `plan`, while the images of the next list are read."""
+    plan, read = iter(plan), lambda index: encoder.prompt(index, records[index])
     with ThreadPoolExecutor(1) as reader:  # it prepares on the CPU; only the main thread uses the GPU
         upcoming = reader.map(read, next(plan, []))
         while prompts := list(upcoming):
             upcoming = reader.map(read, next(plan, []))
             yield [prompt.to(encoder.device) for prompt in prompts]
+
+
+def as_written(rows):
+    """Boxes or points -> a JSON list. In whole pixels, but for boxes of less than 4: to a tenth, since whole
+    pixels may be too coarse for an IoU of 0.5."""
+    small = (rows[:, 2:] - rows[:, :-2] < 4).any(axis=1, keepdims=True)  # a point is never small
+    rows = np.where(small, rows.round(1), rows.round())
+    return str([[int(v) if v == int(v) else v for v in row] for row in rows.tolist()])
+
+
+def weak_look(truth, width, height, seed):
+    """The supervised look at boxes (n, 4) -> (k, 4): a weak label, our reading, since nothing is annotated.
+
+    A region around each cluster of overlapping boxes, left out with probability 1/4; with probability 1/2 one
+    more at a random place, each side a quarter to half of the image's; drawn once per image. So the answer
+    learns to trust the image and not the look. If it copied boxes from the look, or took a region as proof of
+    a crowd, it would invent boxes as soon as GRPO teaches the look to point at doubtful places.
+    """
+    rng = np.random.default_rng(seed)
+    k, cluster = connected_components(box_iou(truth, truth) > 0.2, directed=False)
+    crowds = [members for members in (truth[cluster == number] for number in range(k)) if len(members) > 1]
+    look = as_boxes([[*crowd[:, :2].min(axis=0), *crowd[:, 2:].max(axis=0)] for crowd in crowds])
+    look = look[rng.random(len(look)) < 0.75]
+    if rng.random() < 0.5:
+        size = rng.uniform(0.25, 0.5, 2) * [width, height]
+        corner = rng.uniform(0, [width, height] - size)
+        look = np.vstack([look, [*corner, *(corner + size)]])
+    return look[np.argsort(look[:, 0], kind="stable")]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1285,107 +1287,90 @@ def read_ahead(encoder, records, plan, tolerated=0.01):
 def identity(cfg):
     """What makes a run: its settings, the number of processes, the content of --data (not of the images)."""
     content = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
-    return asdict(cfg) | {"processes": rank_and_world()[1], "data_sha256": content}
+    model = os.path.realpath(cfg.model) if os.path.isdir(cfg.model) else cfg.model
+    return asdict(cfg) | {"model": model, "processes": dist.get_world_size(), "data_sha256": content}
+
+
+MAY_CHANGE = {  # between a run and its --resume: what does not change the result, and what saves memory
+    "resume", "data", "output_dir", "target", "save_every", "keep", "picture_every", "samples",
+    "gradient_checkpointing", "tokens_per_forward", "max_new_tokens", "max_pixels"}
+
+
+def save_model(model, source, folder, max_pixels):
+    """Write the model's folder with new weights. The small files of `source` are copied as they are, since
+    transformers would rewrite them in a form that its versions before 5, and what is built on these, misread;
+    only `max_pixels` is the run's."""
+    model.save_pretrained(folder)  # the weights, under the names that the hub's folder uses
+    for path in [path for pattern in SMALL_FILES for path in source.glob(pattern)]:
+        if path.name == "preprocessor_config.json":
+            settings = json.loads(path.read_text()) | {"max_pixels": max_pixels}
+            (folder / path.name).write_text(json.dumps(settings, indent=2))
+        elif not path.name.endswith(".index.json"):  # which says where the old weights are
+            shutil.copyfile(path, folder / path.name)
 
 
 def save_checkpoint(policy, encoder, optimizer, step, cfg):
-    """Write `checkpoint-<step>` (SFT's and GRPO's steps counted together) as a .tmp folder, then rename it.
+    """Write `checkpoint-<step>` as a .tmp folder, flush, then rename it: one that has its name is complete.
 
-    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, the run's
-    identity and the size of each file, by which a copy that was cut short is recognised. There is no
-    generator state to keep: all randomness, the order of the data too, is a function of (seed, step, prompt).
+    It is a Hugging Face folder for `from_pretrained`, with every rank's optimizer shard, the step, and the
+    run's identity. There is no generator state to keep: all randomness, the order of the data too, is a
+    function of (seed, step, prompt).
     """
-    rank, final = rank_and_world()[0], Path(cfg.output_dir) / f"checkpoint-{step:06d}"
-    beside, local = final.with_name(final.name + ".tmp"), getattr(optimizer, "optim", optimizer)  # the shard
+    rank, final, shard = dist.get_rank(), Path(cfg.output_dir) / f"checkpoint-{step:06d}", optimizer.optim
+    beside = final.with_name(final.name + ".tmp")
     try:
         if rank == 0:
             for cut_short in final.parent.glob("checkpoint-??????.tmp"):
                 shutil.rmtree(cut_short)
-            for part in (unwrap(policy).model, encoder.tokenizer, encoder.image_processor):
-                part.save_pretrained(beside)
-        barrier()
-        shard = {"adamw": local.state_dict(), "masters": local.masters}
-        torch.save(shard, beside / f"optimizer-{rank}.pt")
-        barrier()
-        if rank == 0:
-            sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
-            state = {"step": step, "run": identity(cfg), "files": sizes}
-            (beside / "dipr1.json").write_text(json.dumps(state, indent=2))
-            for path in beside.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())  # on the disk before the name promises it
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(beside, final)
-            for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
-                if old.name not in (final.name, f"checkpoint-{cfg.sft_steps:06d}"):  # GRPO's reference model
-                    shutil.rmtree(old)
-    except torch.OutOfMemoryError:
-        raise  # `main` reports it: no disk is full
+            save_model(unwrap(policy).model, encoder.folder, beside, cfg.max_pixels)
+            (beside / "dipr1.json").write_text(json.dumps({"step": step, "run": identity(cfg)}, indent=2))
+        written = list(beside.glob("*")) if rank == 0 else []  # by this rank, on its own node
+        dist.barrier()
+        written.append(beside / f"optimizer-{rank}.pt")
+        torch.save({"adamw": shard.state_dict(), "masters": shard.masters}, written[-1])
+        for path in written:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        dist.barrier()
     except (OSError, SafetensorError, RuntimeError) as error:  # the last: torch.save, of a full disk
         raise SystemExit(f"{final} could not be written: {error}. If the disk is full, make room; "
                          "then --resume") from None
-    barrier()
-
-
-MAY_CHANGE = {  # between a run and its --resume: what does not change the result, and what saves memory
-    "resume", "output_dir", "save_every", "keep", "picture_every", "samples", "gradient_checkpointing",
-    "tokens_per_forward", "max_new_tokens", "max_pixels"}
-
-
-def complete(folder):
-    """What dipr1.json says of a checkpoint, or None if it or any file beside it is missing or cut short."""
-    try:
-        state = json.loads((folder / "dipr1.json").read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return None
-    return state if whole else None
+    if rank == 0:
+        os.replace(beside, final)
+        for old in sorted(final.parent.glob("checkpoint-??????"))[: -cfg.keep if cfg.keep else 0]:
+            if old.name != f"checkpoint-{cfg.sft_steps:06d}":  # GRPO's reference model
+                shutil.rmtree(old)
+    dist.barrier()
 
 
 def find_checkpoint(cfg):
-    """The newest complete checkpoint of `--output_dir` -> (folder, step); (None, 0) where there is none.
-    SystemExit if the run would not be the same: another setting, another number of processes, other data."""
-    for folder in sorted(Path(cfg.output_dir).glob("checkpoint-??????"), reverse=True):
-        state = complete(folder)
-        if state is None:
-            print0(f"warning: {folder} is not complete; trying the one before it")
-            continue
-        before, now = state["run"], identity(cfg)
-        for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
-            if before.get(name) != now.get(name):
-                was = f"its {name} was {before.get(name)!r} and is {now.get(name)!r} now"
-                raise SystemExit(f"--resume {folder}: {was}")
-        return folder, state["step"]
-    return None, 0
+    """The newest checkpoint of `--output_dir` -> (folder, step); (None, 0) where there is none. SystemExit if
+    the run would not be the same: another setting, another number of processes, other data."""
+    folder = max(Path(cfg.output_dir).glob("checkpoint-??????"), default=None)
+    if folder is None:
+        print0(f"{cfg.output_dir} has no checkpoint: beginning with step 1")
+        return None, 0
+    with reading(folder / "dipr1.json"):
+        state = json.loads((folder / "dipr1.json").read_text())
+        step, before, now = state["step"], state["run"], identity(cfg)
+    for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
+        if before.get(name) != now.get(name):
+            was = f"its {name} was {before.get(name)!r} and is {now.get(name)!r} now"
+            raise SystemExit(f"--resume {folder}: {was}. Change it back, or begin a new run with these "
+                             f"weights, but with a new optimizer, reference and order of the data: --model "
+                             f"{folder} --output_dir NEW")
+    print0(f"going on from {folder}")
+    return folder, step
 
 
 def restore(optimizer, folder):
-    """Put this rank's shard of a checkpoint's optimizer back."""
-    local = getattr(optimizer, "optim", optimizer)
-    device = local.masters[0].device
-    saved = torch.load(folder / f"optimizer-{rank_and_world()[0]}.pt", map_location=device, weights_only=True)
-    local.load_state_dict(saved["adamw"])
-    for master, value in zip(local.masters, saved["masters"]):
+    """Put this rank's shard of a checkpoint's optimizer back. SystemExit names a file that cannot be read."""
+    path, shard = folder / f"optimizer-{dist.get_rank()}.pt", optimizer.optim
+    with reading(path):
+        saved = torch.load(path, map_location=shard.masters[0].device, weights_only=True)
+    shard.load_state_dict(saved["adamw"])
+    for master, value in zip(shard.masters, saved["masters"]):
         master.copy_(value)
-
-
-@contextlib.contextmanager
-def noting_signals():
-    """SIGTERM and Ctrl-C are noted in a list until the step is done. A second Ctrl-C stops at once;
-    a second SIGTERM does not, since scheduler and torchrun may both send one."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe(groups, rewards, encoder, cfg):
@@ -1404,68 +1389,102 @@ def describe(groups, rewards, encoder, cfg):
         "truncated": float(np.mean([o[-1].item() not in encoder.eos for o in completions])),
         "boxes": float(np.mean([n_rows(r.answer) for group in groups for r in group.responses])),
         "truth_boxes": float(np.mean([n_rows(group.prompt.truth) for group in groups])),
-        "lost_images": float(sum(group.prompt.weight == 0 for group in groups)),
     }
 
 
 class Log:
-    """metrics.jsonl and the figures on the progress bar; rank 0 writes."""
+    """metrics.jsonl, the figures on the progress bar and, where TensorBoard is installed, its events. A run
+    that goes on keeps the lines of the steps that are `done`; later ones come again."""
 
-    def __init__(self, folder, steps_done=0):
-        self.path, self.file, self.skipped = Path(folder) / "metrics.jsonl", None, 0
-        if rank_and_world()[0] == 0:
-            lines = self.path.read_text().splitlines(keepends=True) if steps_done else []
+    def __init__(self, folder, done):
+        self.path, self.board, self.warned = Path(folder) / "metrics.jsonl", None, False
+        self.in_a_row = Counter()  # steps until now without an update, or whose rewards were all alike
+        if dist.get_rank() == 0:
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             with written_whole(self.path) as file:
-                file.writelines(lines[:steps_done])  # steps after the checkpoint come again
-            self.file = open(self.path, "a")
+                file.writelines(line for line in whole if json.loads(line)["step"] <= done)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(folder, purge_step=done + 1)
 
     def write(self, phase, step, metrics, bar):
         """Average a step's metrics over the ranks (all of them must call) and write them down."""
-        totals, world = over_ranks(list(metrics.values())), rank_and_world()[1]
+        totals, world = over_ranks(list(metrics.values())), dist.get_world_size()
         metrics = {name: total / world for name, total in zip(metrics, totals)}
         line = {name: value if np.isfinite(value) else None for name, value in metrics.items()}
-        try:
-            if self.file:
-                print(json.dumps({"phase": phase, "step": step, **line}), file=self.file, flush=True)
-        except OSError as error:
-            raise SystemExit(f"{self.path}: {error}. Make room, then --resume") from None
+        if dist.get_rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"phase": phase, "step": step, **line}) + "\n")
+        for name, value in metrics.items() if self.board else ():
+            self.board.add_scalar(f"{phase}/{name}", value, step)
         shown = {"nll", "reward", "reward_format", "reward_look", "reward_accuracy", "kl", "boxes"}
         bar.set_postfix({n.removeprefix("reward_"): f"{v:.3g}" for n, v in metrics.items() if n in shown})
-        self.skipped = self.skipped + 1 if metrics["skipped"] else 0
-        if self.skipped == 10:
+        for name in ("skipped", "frac_zero_std"):
+            self.in_a_row[name] = self.in_a_row[name] + 1 if metrics.get(name) == 1 else 0
+        if self.in_a_row["skipped"] == 10:
             seen = f"(loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); lower the learning rate"
             raise SystemExit(f"{phase} step {step}: ten updates in a row not finite {seen}")
+        if self.in_a_row["frac_zero_std"] == 10 and not self.warned:
+            self.warned = True
+            print0("\nwarning: for ten steps all completions of a group earned the same: nothing is learned."
+                   " A model that does not know the form of an answer needs --sft_steps first")
 
 
-def draw_picture(group, path, height=448):
-    """PNG of a group: its first completion on the image (truth thin white, answer orange, look green) and the
-    map of where the group's answers disagree, which is what the look is paid to find."""
-    prompt, first, scale = group.prompt, group.responses[0], height / group.prompt.height
-    size = (round(prompt.width * scale), height)
+ORANGE, RED, BLUE, GREEN = (255, 150, 0), (235, 30, 60), (70, 180, 255), (60, 220, 60)
+
+
+def draw_answer(image, response, prompt, scale):
+    """Draw a completion on its image -> what the caption says of it. The look is green, right boxes orange,
+    wrong ones red, people who were missed blue; what cannot be judged, or is no box, is orange."""
+    target, columns = prompt.record["target"], prompt.task.columns
+    if columns == 0:
+        return f"{target}: {response.answer!r}"
+    rows = np.zeros((0, columns)) if response.answer is None else response.answer
+    said, right, wrong, missed = f"{target}: {len(rows)} found", slice(None), [], []
+    if columns == 4 and prompt.task.truth in prompt.record:
+        right, found, _ = match_boxes(rows, prompt.truth)
+        wrong, missed = left_over(rows, right, prompt.ignore), np.delete(prompt.truth, found, axis=0)
+        said = f"{len(found)} of {len(prompt.truth)} found, {len(wrong)} wrong (red), missed ones blue"
+    for boxes, color in (missed, BLUE), (wrong, RED), (rows[right], ORANGE):
+        draw_rows(image, np.multiply(boxes, scale), color, 4)
+    draw_rows(image, as_boxes(response.look) * scale, GREEN, 2)
+    return said
+
+
+def draw_picture(group, path, name="", height=448):
+    """PNG of a group: its first completion on the image, and the map of where the group's answers disagree,
+    which is what the look is paid to find -> the picture. `name` begins the caption."""
+    prompt, first, scale = group.prompt, group.responses[0], height / group.prompt.size[1]
+    size = (round(prompt.size[0] * scale), height)
     image = open_image(prompt.record["path"]).resize(size)
     answers = [r.answer for r in group.responses if np.ndim(r.answer) == 2 and r.answer.shape[1] == 4]
-    unsure = disagreement([coverage(boxes, prompt.width, prompt.height) for boxes in answers or [None]])
+    unsure = disagreement([coverage(boxes, *prompt.size) for boxes in answers or [None]])
     heat = Image.fromarray((190 * unsure).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     dimmed = image.convert("L").convert("RGB").point([value // 2 for value in range(256)] * 3)
     doubt = Image.composite(Image.new("RGB", size, (255, 120, 0)), dimmed, heat)
-    scaled = lambda rows: rows * scale if isinstance(rows, np.ndarray) else ()  # neither text nor None
-    draw_rows(image, scaled(first.answer), (255, 140, 0), 4)
-    draw_rows(image, scaled(prompt.truth), (255, 255, 255), 1)
-    said = repr(first.answer) if isinstance(first.answer, str) else "truth white, answer orange, look green"
-    captions = f"{prompt.record['target']}: {said}", f"where {len(group.responses)} answers disagree"
-    sheet = Image.new("RGB", (2 * size[0] + 8, height + 24), (24, 24, 24))
-    for x, side, caption in zip((0, size[0] + 8), (image, doubt), captions):
-        draw_rows(side, scaled(first.look), (60, 220, 60), 2)
+    draw_rows(doubt, as_boxes(first.look) * scale, GREEN, 2)
+    said = f"{name} {draw_answer(image, first, prompt, scale)}".strip()
+    sides = [(image, said), (doubt, f"where {len(group.responses)} answers disagree")]
+    sides = sides[: len(group.responses)]  # one alone disagrees with none
+    sheet = Image.new("RGB", (len(sides) * (size[0] + 8) - 8, height + 24), (24, 24, 24))
+    for x, (side, caption) in zip((0, size[0] + 8), sides):
         sheet.paste(side, (x, 24))
         ImageDraw.Draw(sheet).text((x + 6, 6), caption.encode("ascii", "replace").decode(), (230, 230, 230))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation: what a detection researcher would ask, in pixels of the original image
 
 EVALUATION = 2**31  # the "step" in the seed of an evaluation: training never draws these numbers
+
+
+def share(part, whole):
+    """part / whole; NaN, which means not defined and is left out, of nothing."""
+    return part / whole if whole else np.nan
 
 
 # JI = k / (m + n - k),   k pairs of m predictions and n truths
@@ -1477,247 +1496,250 @@ def image_counts(pred, truth, ignore, *_):
     """
     pred_idx, truth_idx, _ = match_boxes(pred, truth)
     crowded = (box_iou(truth, truth) - np.eye(len(truth)) > 0.2).any(axis=1)  # overlaps another truth
-    n_pred = len(pred) - count_ignored(pred, pred_idx, ignore)
+    n_pred = len(pred_idx) + len(left_over(pred, pred_idx, ignore))
     above, truth_above, _ = match_boxes(pred, truth, np.nextafter(0.5, 1))
-    k, m = len(above), len(pred) - count_ignored(pred, above, ignore)
-    n = len(truth) - count_ignored(truth, truth_above, ignore)
-    jaccard = k / (m + n - k) if m + n else np.nan
+    wrong, missed = left_over(pred, above, ignore), left_over(truth, truth_above, ignore)
+    jaccard = share(len(above), len(above) + len(wrong) + len(missed))
     return [len(pred_idx), n_pred, len(truth), crowded.sum(), crowded[truth_idx].sum(), jaccard]
 
 
 # AP = mean over recalls r in {0, .01, .., 1} of  max { precision at k : recall at k >= r }
 def average_precision(images, iou_threshold):
-    """COCO's 101-point average precision of `compared` images, in [0, 1]: the mean over the classes that have
-    truth. Where there are no labels, everything is one class.
+    """COCO's 101-point average precision, in [0, 1]: the mean over the targets that have truth.
 
-    Each of an image's first 100 predictions of a class takes the free truth that it overlaps most. One that
-    finds none is a miss, unless a share of it as large as the threshold lies in an ignore region. A language
-    model gives no confidences: all are equal, and COCO breaks the tie by order - images as they come, boxes
-    as they are written. So this AP depends on the order of the answer.
+    Each of an image's first 100 predictions takes the free truth that it overlaps most. One that finds none
+    is a miss, unless a share of it as large as the threshold lies in an ignore region. A language model gives
+    no confidences: all are equal, and COCO breaks the tie by order - images as they come, boxes as they are
+    written. So this AP depends on the order of the answer.
     """
-    hits, n_truth, by_class = defaultdict(list), Counter(), []
-    for pred, truth, ignore, labels, record in images:
-        n_truth.update(record.get("labels", [None] * len(truth)))
+    hits, n_truth, by_target = defaultdict(list), Counter(), []
+    for pred, truth, ignore, target in images:
+        n_truth[target] += len(truth)
         overlaps, ignored = box_iou(pred, truth), box_iou(pred, ignore, of_first=True)
-        written = Counter()
-        for label, overlap, shares in zip(labels, overlaps, ignored):
-            written[label] += 1
-            if written[label] > 100:
-                continue
+        for overlap, shares in zip(overlaps[:100], ignored):
             if overlap.max(initial=0) >= iou_threshold - 1e-9:  # so that rounding does not decide
                 overlaps[:, overlap.argmax()] = 0  # this truth is taken
-                hits[label].append(1)
+                hits[target].append(1)
             elif shares.max(initial=0) < iou_threshold:
-                hits[label].append(0)
-    for label, n in n_truth.items():
-        tp = np.cumsum(hits[label])
+                hits[target].append(0)
+    for target, n in (+n_truth).items():  # those above 0
+        tp = np.cumsum(hits[target])
         precision = tp / np.arange(1, len(tp) + 1)
         best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or any higher one
         at = np.searchsorted(tp / n, np.linspace(0, 1, 101), side="left")
-        by_class.append(np.append(best, 0.0)[at].mean())
-    return np.mean(by_class or [0.0])
+        by_target.append(np.append(best, 0.0)[at].mean())
+    return np.mean(by_target) if by_target else np.nan
 
 
 def detection_figures(images):
-    """`compared` images -> dict of figures; the README defines each. A share of nothing is 0."""
+    """[(answer, truth, ignore, target)] of all images -> dict of figures; the README defines each."""
     counts = np.array([image_counts(*image) for image in images], float)
     tp, n_pred, n_truth, n_crowded, n_found = counts[:, :5].sum(axis=0)
     jaccard = counts[~np.isnan(counts[:, 5]), 5]
     aps = [average_precision(images, iou) for iou in np.linspace(0.5, 0.95, 10)]
     return {
-        "precision": tp / max(n_pred, 1), "recall": tp / max(n_truth, 1),
-        "f1": 2 * tp / max(n_pred + n_truth, 1), "jaccard": jaccard.sum() / max(len(jaccard), 1),
-        "ap": np.mean(aps), "ap50": aps[0], "ap70": aps[4], "crowded_recall": n_found / max(n_crowded, 1),
-        "count_mae": np.abs(counts[:, 1] - counts[:, 2]).mean(),
+        "precision": share(tp, n_pred), "recall": share(tp, n_truth), "f1": share(2 * tp, n_pred + n_truth),
+        "jaccard": share(jaccard.sum(), len(jaccard)), "ap": np.mean(aps), "ap50": aps[0], "ap70": aps[4],
+        "crowded_recall": share(n_found, n_crowded), "count_mae": np.abs(counts[:, 1] - counts[:, 2]).mean(),
         "boxes_per_image": np.mean([len(pred) for pred, *_ in images]),
         "truth_boxes_per_image": n_truth / len(images),
     }
 
 
 def grounding_figures(images):
-    """`compared` images -> the share of images whose one box reaches an IoU, and the mean IoU."""
+    """The share of images whose one box reaches an IoU of 0.5, and the mean IoU."""
     ious = np.array([grounding_reward(pred, truth) for pred, truth, *_ in images])
-    return {f"acc_{iou:g}": (ious >= iou).mean() for iou in (0.5, 0.75, 0.95)} | {"mean_iou": ious.mean()}
+    return {"acc_0.5": (ious >= 0.5).mean(), "mean_iou": ious.mean()}
 
 
 def counting_figures(images):
-    """`compared` images, whose truth may be only a count -> figures of the number of points."""
-    true = [record["count"] if truth is None else len(truth) for _, truth, *_, record in images]
-    off = np.abs([len(pred) - n for (pred, *_), n in zip(images, true)])
+    """Figures of the number of points, whose places may be unknown."""
+    off = np.abs([len(pred) - len(truth) for pred, truth, *_ in images])
     return {"exact_count": (off == 0).mean(), "count_mae": off.mean()}
 
 
 def ocr_figures(images):
-    """`compared` pages -> edit distance over the longer length, and F1 of words as bags of words."""
-    words = [(Counter(pred.split()), Counter(truth.split())) for pred, truth, *_ in images]
-    common, total = sum((a & b).total() for a, b in words), sum((a + b).total() for a, b in words)
-    distance = [1 - ocr_reward(pred, truth) for pred, truth, *_ in images]
-    return {"edit_distance": np.mean(distance), "word_f1": 2 * common / max(total, 1)}
+    """Edit distance over the longer length."""
+    return {"edit_distance": np.mean([1 - ocr_reward(pred, truth) for pred, truth, *_ in images])}
 
 
-def compared(record, prediction):
-    """An entry of predictions.jsonl beside its record -> (pred, truth, ignore, labels of pred, record)."""
-    task = task_of(record)
-    sides = prediction[task.truth], record["truth"], record["ignore"]
-    labels = prediction.get("labels") if "labels" in record else None
-    labels = labels or [None] * len(sides[0])
-    if task.columns == 4:
-        sides = against_truth(*sides, labels, record, record["width"], record["height"])
-    return *sides, labels, record
+def images_of(records, entries, task):
+    """Those of one task, as its figures want them -> [(answer, truth, ignore, target)]."""
+    field, columns = TASKS[task].truth, TASKS[task].columns
+    answer = lambda entry: np.reshape(entry[field], (-1, columns)) if columns else entry[field]
+    return [(answer(entry), record["truth"], record["ignore"], record["target"])
+            for record, entry in zip(records, entries) if record["task"] == task]
 
 
-def evaluate_predictions(records, predictions):
-    """Predictions, one per record, as predictions.jsonl holds them -> dict of figures.
-
-    All need their task's answer ("boxes", "points" or "transcript"). "rewards" and "samples", where they are
-    known, give the mean rewards of the greedy answers and of those sampled at temperature T.
-    """
-    pairs, figures, tasks = list(zip(records, predictions)), {}, sorted({r["task"] for r in records})
-    samples = [(record, sample) for record, p in pairs for sample in p.get("samples", [])]
+def figures_of(records, entries):
+    """An entry of predictions.jsonl for each record -> dict of figures, by task if there are several."""
+    figures, tasks = {}, sorted({record["task"] for record in records})
     for task in tasks:
-        images = [compared(*pair) for pair in pairs if pair[0]["task"] == task]
         prefix = f"{task} " if len(tasks) > 1 else ""
-        figures |= {prefix + n: value for n, value in task_of(images[0][-1]).figures(images).items()}
-    if samples and tasks == ["detection"]:
-        tp, n_pred, n_truth, *_ = np.sum([image_counts(*compared(*sample)) for sample in samples], axis=0)
-        figures["sampled_f1"] = 2 * tp / max(n_pred + n_truth, 1)
-    for prefix, entries in (("", predictions), ("sampled_", [sample for _, sample in samples])):
-        if entries and all("rewards" in entry for entry in entries):
-            form, look, accuracy = np.array([entry["rewards"] for entry in entries], float).T
-            means = {"format_rate": (form > 0).mean(), "accuracy_reward": accuracy.mean()}
-            if samples and all("look" in task_of(record).sections for record in records):
-                means["look_reward"] = look.mean()
-            figures |= {prefix + name: value for name, value in means.items()}
-    return {name: float(value) for name, value in figures.items() if value == value}  # NaN: not defined here
+        of_task = TASKS[task].figures(images_of(records, entries, task))
+        figures |= {prefix + name: float(value) for name, value in of_task.items() if value == value}
+    return figures
 
 
-def as_prediction(response, text, rewards, prompt):
-    """A completion as predictions.jsonl keeps it, boxes and points in pixels of the original image. An answer
-    that does not parse is empty."""
-    record, task, answer = prompt.record, task_of(prompt.record), response.answer
-    if task.columns and answer is not None:
-        inside = answer.clip(0, [prompt.width, prompt.height] * (task.columns // 2))
-        answer = to_image_space(inside, (record["width"], record["height"]), prompt.grid).round(2).tolist()
-    rewards = [None if r != r else r for r in rewards]  # JSON has no NaN
-    entry = {"text": text, "rewards": rewards, task.truth: answer or unanswered(record)[task.truth]}
-    return entry | ({"labels": response.labels or []} if "labels" in record else {})
-
-
-def unanswered(record):
-    """The prediction of an image that was not answered."""
-    about = {name: record[name] for name in ("image", "target", "task")}
-    return about | {task_of(record).truth: [] if task_of(record).columns else "", "rewards": [0.0] * 3}
+def as_prediction(response, text, prompt):
+    """A completion as predictions.jsonl keeps it, rows in pixels of the original image. An answer that does
+    not parse is empty; an inverted or empty box, which matches nothing, becomes one of a pixel."""
+    record, task, answer = prompt.record, prompt.task, response.answer
+    if answer is None:
+        answer = [] if task.columns else ""
+    elif task.columns:
+        rows = answer.clip(0, prompt.size * (task.columns // 2))
+        rows[:, 2:] = np.maximum(rows[:, 2:], rows[:, : task.columns - 2] + 1)
+        answer = rescaled(rows, prompt.size, (record["width"], record["height"])).round(2).tolist()
+    return {"text": text, task.truth: answer}
 
 
 def predict(policy, encoder, prompts, cfg):
     """Answer images once greedily, as the model would be used, and `--samples` times at temperature T, as it
-    is trained. Yields (prediction, the group of all answers, the greedy one first).
+    is trained. Yields the group of all answers, the greedy one first, and its line of predictions.jsonl.
 
     The greedy look is rewarded against the disagreement of the sampled answers: alone it has no siblings.
     """
     shape = (1 + cfg.samples, cfg.max_new_tokens)
     uniforms = torch.stack([draw_uniforms(cfg.seed, EVALUATION, p.index, shape) for p in prompts])
     uniforms[:, 0] = float("nan")
-    for group in rollout(policy, encoder, prompts, uniforms):
-        rewards = group_rewards(group, cfg.recall_weight).tolist()
+    groups = rollout(policy, encoder, prompts, uniforms)
+    check_finite(groups, f"evaluating {cfg.model}")
+    for group in groups:
         siblings = Group(group.prompt, [], texts=group.texts[1:])  # samples are rewarded as in training
-        rewards[1:] = group_rewards(siblings, cfg.recall_weight).tolist()
-        answers = zip(group.responses, group.texts, rewards)
-        first, *rest = [as_prediction(*answer, group.prompt) for answer in answers]
-        yield unanswered(group.prompt.record) | first | {"samples": rest}, group
+        rewards = [*group_rewards(group, cfg.recall_weight)[:1], *group_rewards(siblings, cfg.recall_weight)]
+        first, *rest = [as_prediction(*answer, group.prompt) for answer in zip(group.responses, group.texts)]
+        for entry, row in zip((first, *rest), () if cfg.image else rewards):  # a picture's truth is unknown
+            entry["rewards"] = [None if r != r else r for r in row.tolist()]  # JSON has no NaN
+        about = {name: group.prompt.record[name] for name in ("image", "target", "task")}
+        yield group, about | first | {"samples": rest}
+
+
+def answered(policy, encoder, records, cfg, folder, pictures):
+    """Answer images, shared out over the ranks -> a line for each; rank 0 writes them to predictions.jsonl
+    in `folder`, where the first `pictures` images are drawn."""
+    rank, world, lines = dist.get_rank(), dist.get_world_size(), {}
+    mine, batch = range(rank, len(records), world), max(cfg.prompts_per_step // world, 1)
+    plan = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    for prompts in tqdm(read_ahead(encoder, records, plan), "answering", len(plan), disable=rank > 0):
+        for group, line in predict(policy, encoder, prompts, cfg):
+            lines[group.prompt.index] = line
+            if group.prompt.index < pictures:
+                draw_picture(group, Path(folder) / "pictures" / f"{group.prompt.index:06d}.png")
+    by_rank = [None] * world
+    dist.all_gather_object(by_rank, lines)
+    lines = [by_rank[k % world][k] for k in range(len(records))]
+    if rank == 0:
+        with written_whole(Path(folder) / "predictions.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+    return lines
 
 
 def evaluate(policy, encoder, records, cfg, folder, pictures=8):
-    """Answer held-out images, shared out over the ranks; write predictions.jsonl and the first pictures to
-    `folder` -> dict of figures. An image that cannot be opened counts as unanswered."""
-    (rank, world), predictions = rank_and_world(), {}
-    mine, batch = range(rank, len(records), world), max(cfg.prompts_per_step // world, 1)
-    plan = [mine[start : start + batch] for start in range(0, len(mine), batch)]
-    bar = tqdm(read_ahead(encoder, records, plan, tolerated=1), "evaluating", len(plan), disable=rank > 0)
-    for prompts in bar:
-        seen = [prompt for prompt in prompts if prompt.weight]
-        for prediction, group in predict(policy, encoder, seen, cfg) if seen else ():
-            predictions[group.prompt.index] = prediction
-            if group.prompt.index < pictures:
-                draw_picture(group, Path(folder) / "pictures" / f"{group.prompt.index:06d}.png")
-    by_rank = [predictions] * world
-    if dist.is_initialized():
-        dist.all_gather_object(by_rank, predictions)
-    predictions = [by_rank[k % world].get(k) or unanswered(record) for k, record in enumerate(records)]
-    if rank == 0:
-        with written_whole(Path(folder) / "predictions.jsonl") as file:
-            file.writelines(json.dumps(prediction) + "\n" for prediction in predictions)
-    return evaluate_predictions(records, predictions)
+    """Answer held-out images; predictions.jsonl and the first pictures go to `folder` -> dict of figures: of
+    the greedy answers and, `sampled_`, the F1 and the mean rewards of those at temperature T."""
+    entries = answered(policy, encoder, records, cfg, folder, pictures)
+    samples = [(record, sample) for record, entry in zip(records, entries) for sample in entry["samples"]]
+    figures, tasks = figures_of(records, entries), {record["task"] for record in records}
+    if samples and "f1" in figures:  # they all have one task
+        images = images_of(*zip(*samples), *tasks)
+        tp, n_pred, n_truth, *_ = np.sum([image_counts(*image) for image in images], axis=0)
+        figures["sampled_f1"] = share(2 * tp, n_pred + n_truth)
+    for prefix, answers in ("", entries), ("sampled_", [sample for _, sample in samples]):
+        form, look, accuracy = np.reshape([answer["rewards"] for answer in answers], (-1, 3)).astype(float).T
+        if answers:
+            figures[prefix + "format_rate"] = (form > 0).mean()
+            figures[prefix + "accuracy_reward"] = accuracy.mean()
+        if samples and all("look" in TASKS[task].sections for task in tasks):
+            figures[prefix + "look_reward"] = look.mean()
+    return {name: float(value) for name, value in figures.items() if value == value}  # less the NaN
 
 
 def load_predictions(path, records):
-    """predictions.jsonl, ours or another tool's (`image` and `boxes` suffice), in the order of the records.
-    A record that has no prediction counts as unanswered, with a warning."""
-    questions, predictions = {}, {}
+    """predictions.jsonl, ours or another tool's -> an answer to each record. A line has `image` and its
+    task's answer, `target` and `task` where an image is asked several questions; nothing else is read. A
+    question without a line is unanswered, and their number is printed."""
+    waiting, answers = defaultdict(list), []
     for number, record in enumerate(records):
-        questions.setdefault(nfc(record["image"]), []).append(number)
+        waiting[record["image"]].append(number)
+        task = TASKS[record["task"]]
+        answers.append({task.truth: [] if task.columns else ""})
 
-    def check(entry):
-        entry = json.loads(nfc(json.dumps(entry, ensure_ascii=False)))  # all of its texts
-        asked = [k for k in questions.get(entry["image"], [])
-                 if all(entry.get(name, records[k][name]) == records[k][name] for name in ("target", "task"))]
-        free = [k for k in asked if k not in predictions]
-        if not free:
-            raise ValueError(f"{entry['image']} " + ("comes too often" if asked else "is not in the data"))
-        if len({(records[k]["target"], records[k]["task"]) for k in asked}) > 1:
-            raise ValueError(f"{entry['image']} is asked several questions: name target and task")
-        task = task_of(records[free[0]])
-        for answer in (entry, *entry.get("samples", [])):
-            np.array(answer.get("rewards", [0, 0, 0]), float).reshape(3)  # ValueError unless they are three
-            if not task.columns:
-                answer[task.truth] = str(answer[task.truth])
-                continue
-            rows = answer[task.truth] = check_rows(task.truth, answer[task.truth], task.columns)
-            good = [name is None or isinstance(name, str) for name in answer.get("labels", [])]
-            if "labels" in records[free[0]] and not sum(good) == len(good) == len(rows):
-                raise ValueError(f"{sum(good)} labels (texts) for {len(rows)} {task.truth}")
-        predictions[free[0]] = entry
+    def check(line):
+        fits = [k for k in waiting[line["image"]]
+                if all(line.get(name, records[k][name]) == records[k][name] for name in ("target", "task"))]
+        if len({(records[k]["target"], records[k]["task"]) for k in fits}) != 1:
+            raise ValueError(f"{len(fits)} questions of the data wait for an answer to {line['image']}: its "
+                             "name and, where it is asked several, target and task must tell one")
+        number, record = fits[0], records[fits[0]]
+        size, task = (record["width"], record["height"]), TASKS[record["task"]]
+        answer = line[task.truth]
+        if task.columns:  # detectors may overhang the image by a tenth
+            answer = check_rows(task.truth, answer, task.columns, *size, overhang=max(size) / 10)
+        answers[number][task.truth] = answer
+        waiting[line["image"]].remove(number)
 
     read_jsonl(path, check)
-    if missing := len(records) - len(predictions):
-        print0(f"{path}: no prediction for {missing} of {len(records)} questions: they count as unanswered")
-    return [predictions.get(number) or unanswered(record) for number, record in enumerate(records)]
+    if missing := sum(map(len, waiting.values())):
+        print0(f"{path}: no line for {missing} of {len(records)} questions: they count as unanswered")
+    return answers
 
 
 def report(path, columns, about):
     """Print {name: figures} side by side, and write `about` as JSON."""
     print0(f"\n{'images evaluated':<32}" + "".join(f"{name:>15}" for name in columns))
-    for figure in next(iter(columns.values())):
-        print0(f"{figure:<32}" + "".join(f"{values[figure]:>15.3f}" for values in columns.values()))
-    if rank_and_world()[0] == 0:
+    for figure in dict.fromkeys(figure for figures in columns.values() for figure in figures):
+        cells = [f"{figures[figure]:.3f}" if figure in figures else "-" for figures in columns.values()]
+        print0(f"{figure:<32}" + "".join(f"{cell:>15}" for cell in cells))
+    if dist.get_rank() == 0:
         with written_whole(path) as file:
             json.dump(about, file, indent=2)
 
 
+def picture_records(cfg):
+    """The picture `--image`, or the pictures of that folder, as records of which no truth is known."""
+    root, columns, records = Path(cfg.image), TASKS[cfg.method].columns, []
+    truth = np.zeros((0, columns)) if columns else ""
+    with reading("--target"):
+        asked = {"target": check_text(cfg.target), "task": cfg.method, "ignore": [], "truth": truth}
+    for path in sorted(root.iterdir()) if root.is_dir() else [root]:
+        if path == root or path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+            with reading(path):
+                width, height = open_image(path).size
+            records.append({"image": str(path), "path": str(path), "width": width, "height": height, **asked})
+    if not records:
+        raise SystemExit(f"--image {cfg.image}: no .jpg, .png or .webp in this folder")
+    return records
+
+
 def run_evaluation(cfg):
-    """`--eval`, or `--predictions FILE` of any tool: print the table and write eval.json."""
-    records, source = load_records(cfg.data, cfg.method), cfg.predictions or cfg.model
+    """`--eval`, or `--predictions FILE` of any tool: print the table and write eval.json. `--image`: print
+    each thought, and the number of boxes."""
+    folder, source = Path(cfg.output_dir), cfg.predictions or cfg.model
+    if cfg.image:
+        records = picture_records(cfg)
+        lines = answered(*setup(cfg), records, cfg, folder, pictures=len(records))
+        for number, line in enumerate(lines):
+            answer, thought = line[TASKS[line["task"]].truth], parse_response(line["text"]).think or ""
+            found = repr(answer) if isinstance(answer, str) else f"{len(answer)} found"
+            print0(f"{line['image']}: {found}. {' '.join(thought.split())}  (pictures/{number:06d}.png)")
+        return print0(f"Written: {folder}/predictions.jsonl and pictures")
+    records = load_records(cfg.data, cfg.method)
     if cfg.predictions:
-        figures = evaluate_predictions(records, load_predictions(cfg.predictions, records))
+        figures, written = figures_of(records, load_predictions(cfg.predictions, records)), ""
     else:
-        figures = evaluate(*setup(cfg), records, cfg, cfg.output_dir)
+        check_images(records)
+        figures, written = evaluate(*setup(cfg), records, cfg, folder), ", predictions.jsonl and pictures"
     about = {"source": source, "data": cfg.data, "images": len(records), **figures}
-    report(Path(cfg.output_dir) / "eval.json", {Path(source).name: figures}, about)
+    report(folder / "eval.json", {Path(source).name: figures}, about)
+    print0(f"\nWritten: {folder}/eval.json{written}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Main: train, evaluate, or the demo
+# Main: train, evaluate, answer a picture, or the demo
 
 
-def parallel(policy):
-    """With several processes, the policy in DDP: its backward averages the gradients over the ranks."""
-    if rank_and_world()[1] == 1:  # DDP's copy of the gradients would not fit one GPU
-        return policy
-    options = dict(forward_sync_buffers=False, gradient_as_bucket_view=True)  # no buffer ever changes
-    return nn.parallel.DistributedDataParallel(policy, **options)
-
-
-def train_phase(phase, policy, encoder, records, cfg, log, done, received):
+def train_phase(phase, policy, encoder, records, cfg, done, received):
     """SFT or GRPO. `first` steps come before this phase; of all steps, `done` are done already."""
     first, steps, batch, peak = {
         "sft": (0, cfg.sft_steps, cfg.sft_batch, cfg.sft_lr),
@@ -1730,81 +1752,78 @@ def train_phase(phase, policy, encoder, records, cfg, log, done, received):
     optimizer = make_optimizer(policy)
     if done > first:
         restore(optimizer, folder / f"checkpoint-{done:06d}")
-    start, (rank, world) = done - first, rank_and_world()
+    log, start, rank, world = Log(folder, done), done - first, dist.get_rank(), dist.get_world_size()
     plan = (batch_indices(len(records), batch, cfg.seed, k)[rank::world] for k in range(start, steps))
     bar = tqdm(read_ahead(encoder, records, plan), phase, steps, initial=start, disable=rank > 0)
     ended = time.perf_counter()
     for step, prompts in enumerate(bar, start):
-        lr = learning_rate(step, steps, peak, cfg.warmup_steps)
+        lr, number = learning_rate(step, steps, peak, cfg.warmup_steps), first + step + 1
         if phase == "sft":
             metrics, groups = sft_step(policy, optimizer, encoder, prompts, cfg, lr)
         else:
             metrics, groups = grpo_step(policy, reference, optimizer, encoder, prompts, cfg, step, lr)
         began, ended = ended, time.perf_counter()  # waiting for data, checkpoints and pictures count, too
-        log.write(phase, step, metrics | {"seconds": ended - began}, bar)
-        pictured = phase == "grpo" and cfg.picture_every and (step + 1) % cfg.picture_every == 0
-        if pictured and rank == 0 and groups[0].prompt.weight:  # there is nothing to draw of a lost image
-            draw_picture(groups[0], folder / "pictures" / f"step-{step + 1:06d}.png")
+        log.write(phase, number, metrics | {"seconds": ended - began}, bar)
+        if phase == "grpo" and rank == 0 and cfg.picture_every and number % cfg.picture_every == 0:
+            sheet = draw_picture(groups[0], folder / "pictures" / f"step-{number:06d}.png")
+            if log.board:
+                log.board.add_image("first prompt", np.asarray(sheet), number, dataformats="HWC")
         asked = int(over_ranks([max(received, default=0)], "MAX")[0])  # to stop, on any rank
-        if asked or step + 1 == steps or cfg.save_every and (step + 1) % cfg.save_every == 0:
-            save_checkpoint(policy, encoder, optimizer, first + step + 1, cfg)
+        if asked or step + 1 == steps or cfg.save_every and number % cfg.save_every == 0:
+            save_checkpoint(policy, encoder, optimizer, number, cfg)
         if asked:
             print0(f"\nstopped by {signal.Signals(asked).name}; go on with --resume")
             raise SystemExit(128 + asked)
 
 
-def refuse_second_run(cfg):
-    """SystemExit if `--output_dir` holds the steps of a run that is not to be resumed."""
-    metrics = Path(cfg.output_dir) / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size and not cfg.resume:
-        raise SystemExit(f"{cfg.output_dir} holds a run already: --resume it, or choose another --output_dir")
-
-
 def check_training(cfg, records):
     """SystemExit, before anything is loaded or written, if this run cannot do what it is asked to."""
     for name, steps in ("sft_batch", cfg.sft_steps), ("prompts_per_step", cfg.steps):
-        if steps and getattr(cfg, name) % rank_and_world()[1]:
+        if steps and getattr(cfg, name) % dist.get_world_size():
             raise SystemExit(f"--{name} {getattr(cfg, name)} cannot be shared out evenly over the processes")
     if cfg.steps + cfg.sft_steps == 0:
         raise SystemExit("--steps 0 and --sft_steps 0 train nothing: ask for some of either")
-    refuse_second_run(cfg)
-    missing = [record["path"] for record in records if not os.path.isfile(record["path"])]
-    if len(missing) > 0.01 * len(records):
-        raise SystemExit(f"{cfg.data}: {len(missing)} of {len(records)} images are not there, the first is "
-                         f"{missing[0]}. Paths are relative to the file")
-    if any(record["truth"] is None for record in records):
+    if any(record["task"] == "counting" and np.isnan(record["truth"]).any() for record in records):
         raise SystemExit(f"{cfg.data} holds counts without points: they can be evaluated, not trained on")
-
-
-def warn_of_long_truths(encoder, records, max_new_tokens):
-    """Say how many images cannot earn everything, since a right answer is longer than a completion may be."""
-    lengths = [len(encoder.target(index, record)) for index, record in enumerate(records)]
-    if too_long := sum(n > max_new_tokens for n in lengths):
-        print0(f"warning: --max_new_tokens {max_new_tokens} cuts the truth of {too_long} of {len(records)} "
-               f"images, which takes up to {max(lengths)} tokens")
+    check_images(records)
 
 
 def train(cfg):
-    """SFT for `--sft_steps`, then GRPO for `--steps`, on --data."""
-    records = load_records(cfg.data, cfg.method)
+    """SFT for `--sft_steps`, then GRPO for `--steps`, on --data -> cfg of the trained model.
+
+    SIGTERM and Ctrl-C are noted until the step is done. A second Ctrl-C stops at once; a second SIGTERM does
+    not, since scheduler and torchrun may both send one.
+    """
+    def note(number, frame):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    records, received, last = load_records(cfg.data, cfg.method), [], cfg.sft_steps + cfg.steps
     check_training(cfg, records)
     folder, done = find_checkpoint(cfg) if cfg.resume else (None, 0)
     if over_ranks([done], "MIN") != over_ranks([done], "MAX"):  # and no rank writes before all have looked
         raise SystemExit(f"{cfg.output_dir}: not every process sees the same checkpoints. Is it shared?")
-    policy, encoder = setup(replace(cfg, model=str(folder or cfg.model)))
-    warn_of_long_truths(encoder, records, cfg.max_new_tokens)
-    policy, log = parallel(policy), Log(cfg.output_dir, done)
-    with noting_signals() as received:
-        for phase, last in ("sft", cfg.sft_steps), ("grpo", cfg.sft_steps + cfg.steps):
-            if done < last:
-                train_phase(phase, policy, encoder, records, cfg, log, done, received)
-                done = last
+    if done < last:
+        policy, encoder = setup(replace(cfg, model=str(folder or cfg.model)))
+        policy = parallel(policy)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for phase, end in ("sft", cfg.sft_steps), ("grpo", last):
+            if done < end:
+                train_phase(phase, policy, encoder, records, cfg, done, received)
+                done = end
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    checkpoint = f"{cfg.output_dir}/checkpoint-{last:06d}"
+    print0(f"\n{last} steps are done. Written: {checkpoint}, and beside it metrics.jsonl and pictures")
+    return replace(cfg, model=checkpoint)
 
 
 DEMO = dict(  # what `--demo` puts in place of the defaults; flags on the command line still win
-    output_dir="runs/demo", max_new_tokens=96, sft_steps=990, sft_lr=6.25e-6, sft_batch=16, steps=264,
-    lr=3e-4, beta=0.07, freeze_vision=True, gradient_checkpointing=False, tokens_per_forward=2000,
-    save_every=0)
+    max_new_tokens=96, sft_steps=990, sft_lr=6.25e-6, sft_batch=16, steps=264, lr=3e-4, beta=0.07,
+    freeze_vision=True, gradient_checkpointing=False, tokens_per_forward=2000, save_every=0)
 PRETRAINING = dict(  # stands for what Qwen2.5-VL knows already
     sft_steps=3400, sft_lr=2e-3, steps=0, freeze_vision=False)
 SCENES = {  # of each crowd: how many to train on, how many held out
@@ -1813,27 +1832,21 @@ SHOWN = ("precision", "recall", "f1", "ap50", "crowded_recall", "boxes_per_image
          "sampled_f1", "sampled_look_reward")
 
 
-def trained(cfg, name, **changes):
-    """Train in the folder `name` of --output_dir -> cfg of the trained model."""
-    run = replace(cfg, output_dir=str(Path(cfg.output_dir) / name), **changes)
-    train(run)
-    return replace(run, model=str(Path(run.output_dir) / f"checkpoint-{run.sft_steps + run.steps:06d}"))
-
-
 def pretrained(cfg):
     """Draw the scenes of all crowds, and pretrain a tiny model on the sparse ones -> cfg of the model. It
     learns the templates of both methods, so that both can go on from the same weights."""
     folder, both = Path(cfg.output_dir), Path(cfg.output_dir) / "sparse/both.jsonl"
-    if rank_and_world()[0] == 0:
+    if dist.get_rank() == 0:
         for crowd, (n_train, n_held_out) in SCENES.items():
-            data_prep.synthetic(folder / crowd, n_train + n_held_out, cfg.seed, val=n_held_out, crowd=crowd)
-        data_prep.tiny(folder / "tiny", cfg.seed, texts=[CHAT, *(task.question for task in TASKS.values())])
+            data_prep.synthetic(folder / crowd, n_train, n_held_out, cfg.seed, crowd=crowd)
+        data_prep.tiny(folder / "tiny", cfg.seed)
         lines = read_jsonl(folder / "sparse/train.jsonl", dict)
         with written_whole(both) as file:
-            file.writelines(json.dumps(line | {"method": method}) + "\n"
+            file.writelines(json.dumps(line | {"task": method}) + "\n"
                             for method in ("dip-r1", "perception-r1") for line in lines)
-    barrier()  # nothing is read before it is drawn
-    return trained(replace(cfg, model=str(folder / "tiny"), data=str(both)), "start", **PRETRAINING)
+    dist.barrier()  # nothing is read before it is drawn
+    start = dict(output_dir=f"{folder}/start", model=f"{folder}/tiny", data=str(both))
+    return train(replace(cfg, **start, **PRETRAINING))
 
 
 def evaluated(run, folder, crowds=tuple(SCENES)):
@@ -1844,32 +1857,46 @@ def evaluated(run, folder, crowds=tuple(SCENES)):
             for crowd, records in held_out.items()}
 
 
+def draw_crowd(cfg, found):
+    """Draw one held-out dense scene as each of the models answers it: the scene on which the F1 of all are
+    closest to their F1 on the whole set."""
+    folder, (_, encoder) = Path(cfg.output_dir), setup(cfg)
+    records, off = load_records(folder / "dense/val.jsonl", cfg.method), 0
+    entries = {name: read_jsonl(folder / name / "dense/predictions.jsonl", dict) for name in found}
+    for name, figures in found.items():
+        each = [detection_figures([image])["f1"] for image in images_of(records, entries[name], cfg.method)]
+        off = off + abs(np.array(each) - figures["dense"]["f1"])
+    chosen, sheets = int(np.nanargmin(off)), []
+    for name, answers in entries.items():
+        texts = [answers[chosen]["text"], *(sample["text"] for sample in answers[chosen]["samples"])]
+        group = Group(encoder.prompt(chosen, records[chosen]), [], texts=texts)
+        sheets.append(draw_picture(group, folder / name / "dense/pictures/crowd.png", f"{name}:"))
+    Image.fromarray(np.vstack(sheets)).save(folder / "crowd.png")
+
+
 def run_demo(cfg):
     """`--demo`, the paper's situation in miniature: a model that can see meets a crowd, with few labels.
 
     From one pretrained start SFT and `--method` train for the numbers of steps that take the same time on two
-    cores of an AMD EPYC. All three answer held-out scenes: the sparse ones, which may be forgotten, the dense
-    crowd, and a night that nobody was trained on.
+    cores of an AMD EPYC. As soon as each of the three is there, it answers held-out scenes: the sparse ones,
+    which may be forgotten, the dense crowd, and a night that nobody was trained on.
     """
-    began, folder = time.time(), Path(cfg.output_dir)
+    began, folder, found = time.time(), Path(cfg.output_dir), {}
     if not (cfg.sft_steps and cfg.steps):
         raise SystemExit(f"--demo compares SFT and {cfg.method}: neither --sft_steps nor --steps may be 0")
-    refuse_second_run(replace(cfg, output_dir=str(folder / "start")))
     start = pretrained(cfg)
     cfg = replace(cfg, model=start.model, data=str(folder / "dense/train.jsonl"))
-    runs = {"start": start, "sft": trained(cfg, "sft", steps=0),
-            cfg.method: trained(cfg, cfg.method, sft_steps=0)}
-    found = {name: evaluated(run, folder) for name, run in runs.items()}
-    seconds = round(time.time() - began)
-    columns = {name: {f"{crowd}: {figure}": figures[figure] for crowd, figures in by_crowd.items()
-                      for figure in SHOWN if figure in figures} for name, by_crowd in found.items()}
-    report(folder / "summary.json", columns, {"seed": cfg.seed, "seconds": seconds, **found})
-    if rank_and_world()[0] == 0:  # one crowd as all of them answer it
-        sheets = [Image.open(folder / name / "dense/pictures/000000.png") for name in runs]
-        for name, sheet in zip(runs, sheets):
-            ImageDraw.Draw(sheet).text((sheet.width // 2 - 80, 6), name, (255, 255, 255))
-        Image.fromarray(np.vstack(sheets)).save(folder / "crowd.png")
-    print0(f"\n{seconds} s. Written: {folder}/summary.json, crowd.png, and each run's metrics and pictures")
+    for name, changes in {"start": {}, "sft": dict(steps=0), cfg.method: dict(sft_steps=0)}.items():
+        run = train(replace(cfg, output_dir=f"{folder}/{name}", **changes)) if changes else start
+        found[name] = evaluated(run, folder)
+        columns = {name: {f"{crowd}: {figure}": figures[figure] for crowd, figures in by_crowd.items()
+                          for figure in SHOWN if figure in figures} for name, by_crowd in found.items()}
+        about = {"seed": cfg.seed, "seconds": round(time.time() - began), **found}
+        report(folder / "summary.json", columns, about)
+    if dist.get_rank() == 0:
+        draw_crowd(cfg, found)
+    seconds = about["seconds"]
+    print0(f"\n{seconds} s. Written: {folder}/summary.json, crowd.png, each run's metrics and pictures")
 
 
 def parse_flags(argv):
@@ -1891,7 +1918,10 @@ def parse_flags(argv):
         if least is not None and not least <= value <= most:  # NaN neither
             allowed = f"at least {least}" + f", at most {most}" * (most < sys.float_info.max)
             raise SystemExit(f"--{option.name} {value}: {allowed} ({about})")
-    return cfg
+    if cfg.method not in TASKS:
+        raise SystemExit(f"--method {cfg.method} is none of {', '.join(TASKS)}")
+    kind = "demo" if cfg.demo else "eval" if cfg.eval or cfg.predictions or cfg.image else "dipr1"
+    return replace(cfg, output_dir=cfg.output_dir or f"runs/{kind}")
 
 
 def main(argv=None):
@@ -1899,19 +1929,20 @@ def main(argv=None):
     cfg = parse_flags(sys.argv[1:] if argv is None else argv)
     disable_progress_bar()
     join_processes(cfg)  # until then every process believes that it is rank 0
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun, after a rank died
-    if over_ranks([restarts], "MAX")[0]:
-        cfg = replace(cfg, resume=True)
+    answering = cfg.eval or cfg.predictions or cfg.image
+    folder = Path(cfg.output_dir, "start" if cfg.demo else "")
+    kept = [*folder.glob("checkpoint-??????"), *folder.glob("metrics.jsonl")]
+    if not (answering or cfg.resume) and any(path.stat().st_size for path in kept):
+        raise SystemExit(f"{cfg.output_dir} holds a run already: --resume it, or choose another --output_dir")
     try:
-        (run_demo if cfg.demo else run_evaluation if cfg.eval or cfg.predictions else train)(cfg)
+        (run_demo if cfg.demo else run_evaluation if answering else train)(cfg)
     except torch.OutOfMemoryError as error:
         raise SystemExit("out of memory. Go on with --resume and a lower --max_new_tokens, --max_pixels or "
                          "--tokens_per_forward; evaluate with a lower --prompts_per_step or --samples. "
                          f"PyTorch says: {error}") from None
-    except OSError as error:  # a file or folder that cannot be made or read: the message names it
-        raise SystemExit(str(error)) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    except OSError as error:  # a file or folder that cannot be made, read or written: the message names it
+        raise SystemExit(f"{error}. If the disk is full, make room, then --resume") from None
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
