@@ -111,10 +111,11 @@ def check_text(value):
     return value.strip()
 
 
-def check_rows(name, rows, k, width=None, height=None, overhang=1):
+def check_rows(name, rows, k, width=None, height=None, predicted=False):
     """Check that each row has k numbers below 10^6 -> (n, k) array. ValueError names the first at fault.
     With the size of an image, rows are boxes (k = 4; x1 < x2, y1 < y2) or points (k = 2) in its pixels, and
-    an overhang of a pixel, as rounding causes it, is clipped."""
+    an overhang of a pixel, as rounding causes it, is clipped. What a model `predicted` may overhang by a
+    tenth of the image, and be empty."""
     def require(good, why):
         if not all(good):
             first = list(good).index(False)
@@ -130,8 +131,10 @@ def check_rows(name, rows, k, width=None, height=None, overhang=1):
     if width is None:
         return table
     pixels, inside = f"the {width} x {height} pixels of the image", table.clip(0, [width, height] * (k // 2))
+    overhang = max(width, height) / 10 if predicted else 1
     require((abs(table - inside) <= overhang).all(axis=1), f"is outside {pixels}")
-    require((inside[:, 2:] > inside[:, : k - 2]).all(axis=1), "does not have x1 < x2 and y1 < y2")
+    sides = inside[:, 2:] - inside[:, : k - 2]
+    require(((sides > 0) | predicted & (sides == 0)).all(axis=1), "does not have x1 < x2 and y1 < y2")
     if len(table) and table.max() <= 1 and (table % 1).any():
         raise ValueError(f"{name} are all between 0 and 1: fractions, where {pixels} are expected")
     return inside

@@ -1583,13 +1583,13 @@ def figures_of(records, entries):
 
 def as_prediction(response, text, prompt):
     """A completion as predictions.jsonl keeps it, rows in pixels of the original image. An answer that does
-    not parse is empty; an inverted or empty box, which matches nothing, becomes one of a pixel."""
+    not parse is an empty list; an inverted box, which matches nothing, becomes an empty one."""
     record, task, answer = prompt.record, prompt.task, response.answer
     if answer is None:
         answer = [] if task.columns else ""
     elif task.columns:
         rows = answer.clip(0, prompt.size * (task.columns // 2))
-        rows[:, 2:] = np.maximum(rows[:, 2:], rows[:, : task.columns - 2] + 1)
+        rows[:, 2:] = np.maximum(rows[:, 2:], rows[:, : task.columns - 2])
         answer = rescaled(rows, prompt.size, (record["width"], record["height"])).round(2).tolist()
     return {"text": text, task.truth: answer}
 
@@ -1674,8 +1674,8 @@ def load_predictions(path, records):
         number, record = fits[0], records[fits[0]]
         size, task = (record["width"], record["height"]), TASKS[record["task"]]
         answer = line[task.truth]
-        if task.columns:  # detectors may overhang the image by a tenth
-            answer = check_rows(task.truth, answer, task.columns, *size, overhang=max(size) / 10)
+        if task.columns:
+            answer = check_rows(task.truth, answer, task.columns, *size, predicted=True)
         answers[number][task.truth] = answer
         waiting[line["image"]].remove(number)
 
@@ -1849,10 +1849,10 @@ def pretrained(cfg):
     return train(replace(cfg, **start, **PRETRAINING))
 
 
-def evaluated(run, folder, crowds=tuple(SCENES)):
+def evaluated(run, folder):
     """Evaluate run.model on the held-out scenes of each crowd in `folder` -> {crowd: figures}."""
     policy, encoder = setup(run)
-    held_out = {crowd: load_records(folder / crowd / "val.jsonl", run.method) for crowd in crowds}
+    held_out = {crowd: load_records(folder / crowd / "val.jsonl", run.method) for crowd in SCENES}
     return {crowd: evaluate(policy, encoder, records, run, Path(run.output_dir) / crowd, pictures=4)
             for crowd, records in held_out.items()}
 

@@ -1025,14 +1025,16 @@ def test_predictions_of_another_tool_need_an_image_and_boxes_alone(tmp_path, cap
     lines[0] = lines[0] | {"boxes": [], "scores": [0.3]}  # other fields are not read
     assert score(*lines)["recall"] == 9 / 11
     fine = lines[0] | {"boxes": [[-2.5, 1, 53, 20.5]]}  # some overhang
-    assert score(fine, *lines[1:])["boxes_per_image"] == 10 / 6
+    empty = lines[0] | {"boxes": [[3, 4, 3, 9]]}  # as an inverted box is kept: in no region, and wrong
+    assert score(fine, *lines[1:])["boxes_per_image"] == score(empty, *lines[1:])["boxes_per_image"] == 10 / 6
+    assert scored([(boxes([3, 4, 3, 9]), boxes(), boxes([0, 0, 20, 20]))])["f1"] == 0
     for line, said in (
             (lines[1], "0 questions .* 1.png"), (fine | {"target": "dog"}, "0 questions"),
             (fine | {"image": "9.png"}, "0 questions"), (fine | {"image": "3.png"}, "2 questions"),
             ({"image": "0.png"}, "no 'boxes'"), ({"boxes": []}, "no 'image'"),
             (fine | {"boxes": [[1, 2, 3, 4, 0.9]]}, r"boxes, row 1: \[1, 2, 3, 4, 0.9\] is not 4"),
             (fine | {"boxes": [[1, 2, 3, 4], [9, 9, 5, 11]]}, r"row 2: \[9, 9, 5, 11\] does not have x1"),
-            (fine | {"boxes": [[10, 10, 500, 20]]}, "is outside the 50 x 50 pixels of the image"),
+            (fine | {"boxes": [[9, 9, 500, 20]]}, "is outside the 50 x 50 pixels of the image"),
             (fine | {"boxes": [[0.1, 0.2, 0.5, 1], [0, 0, 1, 1]]}, "fractions, where the 50 x 50 pixels")):
         refused(f"p.jsonl, line {1 + (line is lines[1])}: .*{said}", score, line, *lines[1:])
 
@@ -1081,8 +1083,8 @@ def test_an_answer_is_drawn_with_who_was_missed_and_kept_in_pixels_of_the_origin
     assert said.startswith("3 of 4 found, 1 wrong")
     record |= {"width": 224, "height": 56}
     response = Response("t", None, boxes([10, 20, 30, 40], [90, 90, 10, 95]), True)
-    kept = dipr1.as_prediction(response, "text", prompt)  # an inverted box as one of a pixel
-    assert kept == {"text": "text", "boxes": [[20, 10, 60, 20], [180, 45, 182, 47.5]]}
+    kept = dipr1.as_prediction(response, "text", prompt)  # an inverted box as an empty one
+    assert kept == {"text": "text", "boxes": [[20, 10, 60, 20], [180, 45, 180, 47.5]]}
     assert response.answer[1, 2] == 10, "the response itself is as it was"
     assert dipr1.as_prediction(Response("t", None, None, True), "", prompt)["boxes"] == []
 
